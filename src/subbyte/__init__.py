@@ -1,0 +1,43 @@
+"""subbyte: post-training quantization below eight bits, from a trained model and a few hundred unlabeled samples."""
+
+from subbyte.calibrate.lattice import Lattice
+from subbyte.calibrate.loss import KLDivergence, RelativeSquaredError
+from subbyte.calibrate.passes import Flavour
+from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
+from subbyte.calibrate.round_to_nearest import RoundToNearest
+from subbyte.calibrate.rows import RowSampling
+from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.export.packed import load
+from subbyte.pipeline import quantize
+from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
+from subbyte.recipes import Recipe, rounding
+from subbyte.result import Result
+from subbyte.widths import Widths
+
+__all__ = [
+    "DataError",
+    "FileError",
+    "Flavour",
+    "KLDivergence",
+    "Lattice",
+    "LayerError",
+    "LayerProblem",
+    "LayerSolution",
+    "LeastOutputError",
+    "MinMax",
+    "ModelError",
+    "OptionError",
+    "Percentile",
+    "Range",
+    "Recipe",
+    "RelativeSquaredError",
+    "Result",
+    "RoundToNearest",
+    "RowSampling",
+    "Solver",
+    "SubbyteError",
+    "Widths",
+    "load",
+    "quantize",
+    "rounding",
+]

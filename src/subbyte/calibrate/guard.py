@@ -1,0 +1,63 @@
+"""The guard of one layer: a solution is kept only if it beats plain rounding on rows that neither has seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, relative_error
+from subbyte.errors import LayerError
+
+
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """A layer's solution after the guard.
+
+    Args:
+        solution: what is kept.
+        baseline: what plain rounding gives.
+        error: relative error of the solver's solution on held-out rows, see `problem.relative_error`.
+        baseline_error: relative error of plain rounding on the same rows.
+        unknowns: weights of one output channel.
+        equations: independent rows that the calibration set offered for them.
+    """
+
+    solution: LayerSolution
+    baseline: LayerSolution
+    error: float
+    baseline_error: float
+    unknowns: int
+    equations: int
+
+    @property
+    def rejected(self) -> bool:
+        """Whether the solver lost to plain rounding, which is kept instead."""
+        return self.solution is self.baseline
+
+
+def solve_guarded(problem: LayerProblem, solver: Solver, baseline: Solver, generator: torch.Generator) -> Judged:
+    """Solve a layer, and keep the solver's solution only if its held-out error is below the baseline's.
+
+    Args:
+        problem: the layer; tensors as its docstring says.
+        solver: what should win.
+        baseline: plain rounding.
+        generator: source of every random number, on the CPU.
+
+    Raises:
+        LayerError: if several rows were sampled and all are the same, so that nothing can be calibrated on them.
+    """
+    inputs = problem.fit.inputs
+    if inputs.shape[1] > 1 and bool((inputs == inputs[:, :1]).all()):
+        raise LayerError(
+            problem.name,
+            f"receives the same input in all {inputs.shape[1]} sampled rows, so nothing can be calibrated; check the calibration data "
+            "and its preprocessing, or exclude the layer",
+        )
+    plain = baseline.solve(problem, generator)
+    found = solver.solve(problem, generator)
+    plain_error = relative_error(problem, plain, problem.held_out)
+    error = relative_error(problem, found, problem.held_out)
+    kept = found if error < plain_error else plain
+    return Judged(kept, plain, error, plain_error, problem.unknowns, problem.equations)

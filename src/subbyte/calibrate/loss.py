@@ -1,0 +1,124 @@
+"""How far a quantized model's outputs are from the float model's, without labels."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import ModelError, OptionError
+from subbyte.model.batches import Batch, call, describe, tensors
+
+
+class OutputLoss(ABC):
+    """A distance between outputs; a mean over everything that it is shown."""
+
+    @abstractmethod
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """Numerator and denominator of the mean; both add up over batches.
+
+        Args:
+            reference: the float model's output, float32 (samples, ...).
+            output: the quantized model's, the same shape.
+
+        Returns:
+            Two float64 ().
+        """
+
+
+@dataclass(frozen=True)
+class KLDivergence(OutputLoss):
+    """`KL(float || quantized)` of the softmax of `logits / temperature` over the last dimension, in nats, mean over all others.
+
+    On samples that a classifier was trained on it is over-confident, and at temperature 1 nearly all of the divergence comes from a few
+    samples: what is measured on a few dozen held-out training samples is then mostly chance.
+
+    Args:
+        temperature: what logits are divided by, above 0.
+
+    Raises:
+        OptionError: if the temperature is not above 0.
+
+    Example:
+        >>> a, b = KLDivergence().total(torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 0.0]]))
+        >>> (a / b).item()
+        0.0
+    """
+
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise OptionError(f"a temperature is above 0, not {self.temperature}")
+
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputLoss`.
+
+        Args:
+            reference: logits, float32 (..., classes).
+            output: logits, the same shape.
+        """
+        p, q = ((logits.double() / self.temperature).log_softmax(dim=-1) for logits in (reference, output))
+        divergence = (p.exp() * (p - q)).sum(dim=-1)
+        return divergence.sum(), torch.tensor(float(divergence.numel()), dtype=torch.float64, device=p.device)
+
+
+@dataclass(frozen=True)
+class RelativeSquaredError(OutputLoss):
+    """`sum (float - quantized)^2 / sum float^2`, without unit.
+
+    Example:
+        >>> a, b = RelativeSquaredError().total(torch.tensor([[2.0]]), torch.tensor([[1.0]]))
+        >>> (a / b).item()
+        0.25
+    """
+
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputLoss`.
+
+        Args:
+            reference: float32, any shape.
+            output: float32, the same shape.
+        """
+        return (reference.double() - output.double()).square().sum(), reference.double().square().sum()
+
+
+def check_output(output: object) -> None:
+    """Refuse a model whose outputs cannot be compared.
+
+    Args:
+        output: what the float model returned for a batch, tensors of any shape.
+
+    Raises:
+        ModelError: if there is no floating-point tensor in it.
+    """
+    if not _floats(output):
+        raise ModelError(f"the model returns {describe(output)}, no floating-point tensor, so its outputs cannot be compared")
+
+
+def measure(model: nn.Module, batches: Sequence[Batch], references: Sequence[object], loss: OutputLoss) -> float:
+    """The loss of a model on some batches.
+
+    Args:
+        model: in evaluation mode.
+        batches: what to call it with.
+        references: what the float model returned for each batch, tensors of any shape.
+        loss: the distance.
+
+    Returns:
+        The mean loss over all tensors of all batches; NaN where the model returns NaN.
+    """
+    above, below = torch.zeros(()), torch.zeros(())
+    with torch.no_grad():
+        for batch, reference in zip(batches, references, strict=True):
+            for expected, given in zip(_floats(reference), _floats(call(model, batch)), strict=True):
+                top, bottom = loss.total(expected, given)
+                above, below = above + top.cpu(), below + bottom.cpu()
+    return float(above / below.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def _floats(output: object) -> list[Tensor]:
+    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]

@@ -1,0 +1,145 @@
+"""The problem of one layer, its solution, and the interface of everything that solves it.
+
+    minimise over codes Q, steps s_w, bias b', step s_x and zero-point z_x
+        sum over rows  || y - s_w (Q - z_w) q(x'; s_x, z_x) - b' ||^2            y = W x + b
+
+`x` is what the float model feeds to the layer, `x'` what the solver is given: the same in the parallel flavour, the output of the quantized
+prefix in the sequential one. A solver sees this problem and nothing else: no model, no file, no other layer.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subbyte.quantizers.affine import dequantize, fake_quantize
+from subbyte.quantizers.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Sampled rows of a layer.
+
+    Args:
+        inputs: `x'`, float32 (G, R, n).
+        targets: `y`, float32 (G, R, O).
+    """
+
+    inputs: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """Everything that a solver may know of a layer.
+
+    Args:
+        name: qualified name of the layer; for messages only.
+        weight: `W`, float32 (G, O, n).
+        bias: `b`, float32 (G, O); zeros where the layer has none.
+        fit: rows to solve on.
+        held_out: rows of other samples, to judge a solution by.
+        weight_grid: grid of the weight codes.
+        activation_grid: grid of the input, or None where the input stays in float32.
+        equations: independent rows that the calibration set offers for each output channel (samples times positions).
+
+    Example:
+        >>> rows = Rows(torch.randn(1, 8, 3), torch.randn(1, 8, 2))
+        >>> problem = LayerProblem("fc", torch.randn(1, 2, 3), torch.zeros(1, 2), rows, rows, Grid(4, symmetric=True), None, 8)
+        >>> problem.unknowns
+        3
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    fit: Rows
+    held_out: Rows
+    weight_grid: Grid
+    activation_grid: Grid | None
+    equations: int
+
+    @property
+    def unknowns(self) -> int:
+        """Weights of one output channel, n."""
+        return self.weight.shape[2]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSolution:
+    """Codes, steps and bias of a layer.
+
+    Args:
+        codes: `Q`, int16 (G, O, n).
+        scale: `s_w`, float32 (G, O).
+        zero_point: `z_w`, int32 (G, O).
+        bias: `b'`, float32 (G, O).
+        activation: `(s_x, z_x)`, float32 () and int32 (), or None where the input stays in float32.
+        solver: name of the solver that found it.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+    activation: tuple[Tensor, Tensor] | None
+    solver: str
+
+    def weight(self) -> Tensor:
+        """The quantized weight `s_w (Q - z_w)`, float32 (G, O, n)."""
+        return dequantize(self.codes, self.scale[..., None], self.zero_point[..., None])
+
+
+class Solver(ABC):
+    """What finds a solution. Implementations are frozen dataclasses that hold their hyperparameters, one in a file."""
+
+    @property
+    def name(self) -> str:
+        """What a receipt calls this solver."""
+        return type(self).__name__
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
+        """Solve one layer.
+
+        Args:
+            problem: the layer.
+            generator: source of every random number that the solver draws, on the CPU; seeded by the run's seed and the layer's name.
+
+        Returns:
+            A solution with codes inside the weight grid.
+        """
+
+
+def quantized_inputs(inputs: Tensor, activation: tuple[Tensor, Tensor] | None, grid: Grid | None) -> Tensor:
+    """`q(x; s_x, z_x)`, or `x` itself where the input stays in float32.
+
+    Args:
+        inputs: `x`, float32, any shape.
+        activation: `(s_x, z_x)`, float32 () and int32 (), or None.
+        grid: grid of the input, or None.
+    """
+    if activation is None or grid is None:
+        return inputs
+    return fake_quantize(inputs, *activation, grid)
+
+
+def relative_error(problem: LayerProblem, solution: LayerSolution, rows: Rows) -> float:
+    """The objective on some rows, as a share of the targets' spread: `sum ||y - y^||^2 / sum ||y - mean y||^2`.
+
+    Args:
+        problem: the layer; tensors as its docstring says.
+        solution: what to judge.
+        rows: inputs float32 (G, R, n) and targets float32 (G, R, O), usually `problem.held_out`.
+
+    Returns:
+        A number without unit, 0 for a perfect layer; where the targets do not vary, the plain sum of squares.
+    """
+    inputs = quantized_inputs(rows.inputs, solution.activation, problem.activation_grid)
+    error = torch.baddbmm(solution.bias[:, None, :], inputs, solution.weight().mT) - rows.targets
+    spread = (rows.targets - rows.targets.mean(dim=1, keepdim=True)).square().sum(dtype=torch.float64)
+    total = error.square().sum(dtype=torch.float64)
+    return float(torch.where(spread > 0, total / spread, total))

@@ -1,0 +1,54 @@
+"""Round to nearest: the baseline that every other solver has to beat.
+
+    q_j = clip(round(w_j / s_w) + z_w),    b' = b
+
+Nothing is optimised but the steps, which a `Range` chooses for the weights and for the input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
+from subbyte.calibrate.steps import activation_step, weight_step
+from subbyte.quantizers.affine import quantize
+from subbyte.quantizers.ranges import LeastOutputError, Range
+
+
+@dataclass(frozen=True)
+class RoundToNearest(Solver):
+    """Plain rounding with steps from a range.
+
+    Args:
+        weight_range: chooses each output channel's interval.
+        activation_range: chooses the input's interval.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877).
+
+    Example:
+        >>> from subbyte.quantizers.ranges import MinMax
+        >>> RoundToNearest(weight_range=MinMax(), activation_range=MinMax()).name
+        'RoundToNearest'
+    """
+
+    weight_range: Range = LeastOutputError()
+    activation_range: Range = LeastOutputError(count=24)
+
+    def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
+        """See `Solver`.
+
+        Args:
+            problem: the layer.
+            generator: used by the search for the input's step.
+        """
+        activation: tuple[Tensor, Tensor] | None = None
+        if problem.activation_grid is not None:
+            activation = activation_step(problem.fit.inputs, problem.weight, problem.activation_grid, self.activation_range, generator)
+        importance = problem.fit.inputs.square().mean(dim=1)
+        scale, zero_point = weight_step(problem.weight, importance, problem.weight_grid, self.weight_range)
+        codes = quantize(problem.weight, scale[..., None], zero_point[..., None], problem.weight_grid)
+        return LayerSolution(codes.to(torch.int16), scale, zero_point, problem.bias, activation, self.name)

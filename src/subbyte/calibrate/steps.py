@@ -1,0 +1,108 @@
+"""Choose steps and zero-points among the candidates of a `Range` by the error that they cause in the layer's output."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point
+from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.ranges import Range
+
+SEARCH_ROWS = 2048
+SKETCH_OUTPUTS = 48
+
+
+def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor]:
+    """Step and zero-point of each output channel: the candidate with the least `sum_j importance_j (w_j - w^_j)^2`.
+
+    Args:
+        weight: `W`, float32 (G, O, n).
+        importance: weight of each input, float32 (G, n): its second moment, the diagonal of `H`.
+        grid: grid of the codes.
+        interval: what to choose among.
+
+    Returns:
+        `(s_w, z_w)`, float32 and int32, (G, O) each.
+    """
+    groups, outputs, n = weight.shape
+    low, high = interval.candidates(weight.reshape(-1, n))
+    best = torch.full((groups, outputs), torch.inf, device=weight.device)
+    step = torch.ones_like(best)
+    zero = torch.zeros_like(best, dtype=torch.int32)
+    for low_k, high_k in zip(low, high, strict=True):
+        scale, zero_point = (value.view(groups, outputs) for value in scale_and_zero_point(low_k, high_k, grid))
+        codes = quantize(weight, scale[..., None], zero_point[..., None], grid)
+        error = weight - dequantize(codes, scale[..., None], zero_point[..., None])
+        cost = (error.square_() @ importance[..., None])[..., 0]
+        better = cost < best
+        best, step, zero = torch.where(better, cost, best), torch.where(better, scale, step), torch.where(better, zero_point, zero)
+    return step, zero
+
+
+def sketched(weight: Tensor, generator: torch.Generator) -> Tensor:
+    """Fewer output channels with the same expected squared output: `P W` with random signs `P / sqrt(k)`.
+
+    Args:
+        weight: `W`, float32 (G, O, n).
+        generator: source of the signs, on the CPU.
+
+    Returns:
+        float32 (G, min(O, k), n), k = 48; `weight` itself where O is not larger.
+
+    Source:
+        Achlioptas 2003, *Database-friendly random projections*.
+    """
+    outputs = weight.shape[1]
+    if outputs <= SKETCH_OUTPUTS:
+        return weight
+    signs = torch.randint(0, 2, (SKETCH_OUTPUTS, outputs), generator=generator).to(weight) * 2 - 1
+    return (signs / SKETCH_OUTPUTS**0.5) @ weight
+
+
+def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Step and zero-point of the input: the candidate with the least variance of `W (x - q(x))` (its mean is the bias' matter).
+
+    Args:
+        inputs: `x'`, float32 (G, R, n).
+        weight: `W`, float32 (G, O, n).
+        grid: grid of the input.
+        interval: what to choose among, for the values of all inputs together.
+        generator: source of the random numbers, on the CPU.
+
+    Returns:
+        `(s_x, z_x)`, float32 () and int32 ().
+    """
+    low, high = interval.candidates(inputs.reshape(1, -1))
+    candidates = [scale_and_zero_point(low[k, 0], high[k, 0], grid) for k in range(len(low))]
+    return least_output_error(inputs, inputs @ weight.mT, weight, candidates, grid, generator)
+
+
+def least_output_error(
+    inputs: Tensor, targets: Tensor, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The candidate with the least variance of `y - W q(x; s_x, z_x)` over some of the rows.
+
+    Args:
+        inputs: `x'`, float32 (G, R, n).
+        targets: `y`, float32 (G, R, O).
+        weight: `W` or its quantized counterpart, float32 (G, O, n).
+        candidates: `(s_x, z_x)`, float32 () and int32 () each.
+        grid: grid of the input.
+        generator: source of the random numbers, on the CPU.
+
+    Returns:
+        One of the candidates.
+    """
+    if len(candidates) == 1:
+        return candidates[0]
+    every = max(1, inputs.shape[1] // SEARCH_ROWS)
+    inputs, targets = inputs[:, ::every], targets[:, ::every]
+    stacked = torch.cat([weight, targets.mT], dim=2)  # the same sketch for both
+    stacked = sketched(stacked, generator)
+    weight, targets = stacked[..., : weight.shape[2]], stacked[..., weight.shape[2] :].mT
+    costs = []
+    for scale, zero_point in candidates:
+        error = torch.baddbmm(targets, fake_quantize(inputs, scale, zero_point, grid), weight.mT, alpha=-1)
+        costs.append(error.var(dim=1, correction=0).sum())
+    return candidates[int(torch.stack(costs).argmin())]

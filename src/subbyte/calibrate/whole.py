@@ -1,0 +1,73 @@
+"""The guard of the whole model: calibrated layers are kept only if the model is no worse than plainly rounded on held-out samples."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from subbyte.calibrate.guard import Judged
+from subbyte.calibrate.loss import OutputLoss, measure
+from subbyte.calibrate.passes import CalibrationSet, Models, assign_
+from subbyte.errors import ModelError
+from subbyte.model.batches import call, select_samples
+from subbyte.run.events import Observer, StageFinished, StageStarted
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Losses of the whole model on held-out samples.
+
+    Args:
+        loss_name: what is measured, for example ``"KLDivergence"``.
+        loss: of the model that is returned.
+        baseline_loss: of the model with plain rounding in every layer.
+        rejected_loss: of the calibrated model, where it lost to plain rounding and was given up; else None.
+        samples: calibration samples in all.
+        held_out_samples: how many of them judged; 0 where there was only one sample, which then did both.
+    """
+
+    loss_name: str
+    loss: float
+    baseline_loss: float
+    rejected_loss: float | None
+    samples: int
+    held_out_samples: int
+
+
+def guard_whole_(
+    models: Models, judged: Mapping[str, Judged], data: CalibrationSet, loss: OutputLoss, observer: Observer
+) -> Measured:
+    """Measure the calibrated model and the plainly rounded one, and leave the better one in `models.quantized`.
+
+    Args:
+        models: `models.quantized` has its codes; is changed in place where plain rounding wins.
+        judged: by layer name.
+        data: calibration set; only its held-out samples are used, if it has any.
+        loss: distance from the float model's outputs.
+        observer: is told when it starts and ends.
+
+    Raises:
+        ModelError: if the returned model's loss is NaN or infinite.
+    """
+    started = time.perf_counter()
+    observer(StageStarted("verify"))
+    held = sum(int(mask.sum()) for mask in data.held_out)
+    chosen = [(batch, mask if held else torch.ones_like(mask)) for batch, mask in zip(data.batches, data.held_out, strict=True)]
+    batches = [select_samples(batch, mask) for batch, mask in chosen if bool(mask.any())]
+    with torch.no_grad():
+        references = [call(models.original, batch) for batch in batches]
+    reached = measure(models.quantized, batches, references, loss)
+    assign_(models, {name: j.baseline for name, j in judged.items()})
+    plain = measure(models.quantized, batches, references, loss)
+    rejected = not reached <= plain
+    if not rejected:
+        assign_(models, {name: j.solution for name, j in judged.items()})
+    final = plain if rejected else reached
+    if not torch.isfinite(torch.tensor(final)):
+        raise ModelError("the quantized model returns NaN or infinite numbers on held-out samples; give more bits or exclude layers")
+    observer(StageFinished("verify", time.perf_counter() - started))
+    total = sum(len(mask) for mask in data.held_out)
+    return Measured(type(loss).__name__, final, plain, reached if rejected else None, total, held)

@@ -1,0 +1,71 @@
+"""The one family of errors: every error that subbyte raises on purpose is a `SubbyteError` and says what to do about it.
+
+    SubbyteError
+      OptionError       an argument or command-line option that cannot be served
+      ModelError        a model that cannot be quantized as it is
+        LayerError      ... because of one layer, which `layer` names
+      DataError         calibration data that the model or the method cannot use
+      FileError         a file that cannot be read, is damaged, or cannot be written
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class SubbyteError(Exception):
+    """Base of every error that subbyte raises on purpose; its text names the cause and the remedy."""
+
+
+class OptionError(SubbyteError, ValueError):
+    """An argument or option is outside what subbyte can do."""
+
+
+class ModelError(SubbyteError):
+    """The model cannot be quantized as it is."""
+
+
+class LayerError(ModelError):
+    """One layer is at fault.
+
+    `layer` is its qualified name in the model, str.
+    """
+
+    def __init__(self, layer: str, message: str) -> None:
+        super().__init__(f"layer '{layer}': {message}")
+        self.layer = layer
+
+
+class DataError(SubbyteError, ValueError):
+    """The calibration data cannot be used."""
+
+
+class FileError(SubbyteError, OSError):
+    """A file cannot be read, is damaged, belongs to something else, or cannot be written."""
+
+
+@contextmanager
+def naming_layer(layer: str, shapes: str = "") -> Iterator[None]:
+    """Re-raise whatever fails inside the block as a `LayerError` that names the layer and its shapes.
+
+    Args:
+        layer: qualified name of the layer in the model.
+        shapes: what to say about the tensors at hand, for example ``"input (8, 3, 32, 32)"``.
+
+    Raises:
+        LayerError: for any exception of the block that is not a `SubbyteError` already.
+
+    Example:
+        >>> with naming_layer("conv1"):
+        ...     raise RuntimeError("singular matrix")
+        Traceback (most recent call last):
+        subbyte.errors.LayerError: layer 'conv1': singular matrix
+    """
+    try:
+        yield
+    except SubbyteError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the one broad except: it only adds the layer's name
+        detail = f"{error} ({shapes})" if shapes else str(error)
+        raise LayerError(layer, detail) from error

@@ -1,0 +1,335 @@
+"""The packed file: one safetensors file, as small as its widths promise. `docs/packed-format.md` describes it for other readers.
+
+All quantized layers together make a handful of tensors, so that a small network does not pay for names twice:
+
+    subbyte.codes                  U8   codes of all layers, each layer packed densely (`bits`) and starting on a byte's border
+    subbyte.weight_scale           F32  s_w of all layers' output channels
+    subbyte.weight_zero_point      U8   z_w, of layers with an affine weight grid
+    subbyte.bias                   F32  b of all layers' output channels
+    subbyte.activation_scale       F32  s_x, of layers with a quantized input
+    subbyte.activation_zero_point  U8   z_x, likewise
+
+followed by whatever else the model's state holds, under its own names. The header's metadata entry ``subbyte`` is JSON: the layers and their
+grids, the folded batch norms, the fingerprint of the source model's structure, the library's version and a checksum. Loading executes
+nothing from the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from subbyte.errors import FileError, ModelError, SubbyteError
+from subbyte.export.bits import pack, packed_size, unpack
+from subbyte.model.fold import Fold
+from subbyte.model.operators import operator_of
+from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
+from subbyte.model.replace import replace_module_
+from subbyte.quantizers.grid import Grid
+
+FORMAT_VERSION = 1
+PREFIX = "subbyte."
+SIZE_DIGITS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class PackedModel:
+    """What the file holds, before it is bytes.
+
+    Args:
+        tensors: by name, any dtype and shape.
+        metadata: the JSON of the header.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, Any]
+
+
+def structure_of(model: nn.Module) -> str:
+    """Fingerprint of a model's structure: names, shapes and dtypes of its state, not its numbers.
+
+    Args:
+        model: a float model as it came, batch norms not folded.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    state = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
+    return hashlib.blake2b(repr(sorted(state)).encode(), digest_size=16).hexdigest()
+
+
+def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> PackedModel:
+    """Gather what the file will hold.
+
+    Args:
+        model: with at least one `QuantizedLayer` that has codes.
+        structure: fingerprint of the float model that it was made from, see `structure_of`.
+        folds: batch norms that were folded.
+
+    Raises:
+        ModelError: if nothing in the model is quantized.
+    """
+    layers = _quantized_layers(model)
+    if not layers:
+        raise ModelError("nothing in this model is quantized, so there is nothing to pack")
+    states = {name: layer.state() for name, layer in layers.items()}
+    inputs = [state.activation for state in states.values() if state.activation is not None]
+    affine = [state.zero_point for state in states.values() if not state.weight_grid.symmetric]
+    tensors = {
+        "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in states.values()])),
+        "weight_scale": torch.cat([state.scale for state in states.values()]).cpu(),
+        "weight_zero_point": torch.cat([zero.to(torch.uint8) for zero in affine]).cpu() if affine else None,
+        "bias": torch.cat([state.bias for state in states.values()]).cpu(),
+        "activation_scale": torch.stack([scale for scale, _, _ in inputs]).cpu() if inputs else None,
+        "activation_zero_point": torch.stack([zero for _, zero, _ in inputs]).to(torch.uint8).cpu() if inputs else None,
+    }
+    packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
+    packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "library": version("subbyte"),
+        "structure": structure,
+        "folds": [[fold.layer, fold.batch_norm] for fold in folds],
+        "names": list(states),
+        "shapes": [list(state.codes.shape) for state in states.values()],
+        "channels": [state.scale.numel() for state in states.values()],
+        "weight_bits": [state.weight_grid.bits for state in states.values()],
+        "weight_symmetric": [int(state.weight_grid.symmetric) for state in states.values()],
+        "activation_bits": [state.activation[2].bits if state.activation else 0 for state in states.values()],
+        "checksum": _checksum(packed),
+    }
+    return PackedModel(packed, metadata)
+
+
+def to_bytes(packed: PackedModel) -> bytes:
+    """The file's content. Its header has the same length whatever the widths are.
+
+    Args:
+        packed: what to write.
+    """
+    text = json.dumps(packed.metadata, separators=(",", ":"), ensure_ascii=False)
+    digits = len(str(packed.tensors[PREFIX + "codes"].numel()))
+    padding = " " * (2 * (SIZE_DIGITS - digits))  # the number of code bytes stands twice in the header: shape and last offset
+    return serialize(dict(packed.tensors), {"subbyte": text + padding})
+
+
+def write_file(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, then renamed.
+
+    Args:
+        path: of the file; one that exists is replaced.
+        content: of the file.
+
+    Raises:
+        FileError: if the folder does not exist or cannot be written.
+    """
+    path = Path(path)
+    temporary = ""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"'{path}' is a folder")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = ""
+    except OSError as error:
+        raise FileError(f"cannot write '{path}': {error.strerror or error}; choose a path in a folder that exists and can be written") from error
+    finally:
+        if temporary:
+            os.unlink(temporary)
+
+
+def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
+    """The quantized model of a packed file, as an instance of the user's own class.
+
+    Args:
+        path: of a file that `Result.save` wrote.
+        into: a float model of the same structure, as it was before quantization; its numbers do not matter, and it is not changed.
+
+    Returns:
+        A copy of `into` with the file's quantized layers, in evaluation mode; its outputs are bit-identical to `Result.model`'s.
+
+    Raises:
+        FileError: if the file is missing, truncated, altered, of a newer format, no packed file, or of another model.
+
+    Example:
+        >>> load("missing.safetensors", torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+        subbyte.errors.FileError: cannot read 'missing.safetensors': there is no such file
+    """
+    path = Path(path)
+    packed = read_packed(path)
+    if packed.metadata["structure"] != structure_of(into):
+        raise FileError(f"'{path}' was made from another model: parameters, shapes or names differ from this {type(into).__name__}'s")
+    try:
+        return _build(packed, into)
+    except SubbyteError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, AssertionError) as error:
+        raise FileError(f"'{path}' does not fit this {type(into).__name__}: {error}") from error
+
+
+def read_packed(path: str | os.PathLike[str]) -> PackedModel:
+    """Read a packed file and check it, without any model.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileError: if the file is missing, truncated, altered, of a newer format, or no packed file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"cannot read '{path}': there is no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("subbyte")
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if text else {}  # noqa: SIM118 - not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileError(f"'{path}' is truncated, damaged or no safetensors file ({error}); fetch or save it again") from error
+    if text is None:
+        raise FileError(f"'{path}' is a safetensors file, but not one that subbyte packed")
+    try:
+        metadata = json.loads(text)
+        found = int(metadata["format_version"])
+        if found <= FORMAT_VERSION:
+            _check_packed(tensors, metadata)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise FileError(f"'{path}' is damaged: {error!r}; fetch or save it again") from error
+    if found > FORMAT_VERSION:
+        raise FileError(f"'{path}' has format {found}, this subbyte reads up to {FORMAT_VERSION}; install a newer subbyte")
+    return PackedModel(tensors, metadata)
+
+
+def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Every length and range that the builder relies on; raises ValueError, KeyError or TypeError."""
+    if metadata["checksum"] != _checksum(tensors):
+        raise ValueError("its checksum does not match its content")
+    columns = [metadata[key] for key in ("names", "shapes", "channels", "weight_bits", "weight_symmetric", "activation_bits")]
+    code_bytes = channels = affine = inputs = 0
+    for _name, shape, outputs, bits, symmetric, activation_bits in zip(*columns, strict=True):
+        if not all(isinstance(size, int) and size > 0 for size in (*shape, outputs)):
+            raise ValueError(f"shape {shape} with {outputs} output channels")
+        Grid(bits), Grid(activation_bits or 8)
+        code_bytes += packed_size(int(np.prod(shape, dtype=np.int64)), bits)
+        channels += outputs
+        affine += 0 if symmetric else outputs
+        inputs += bool(activation_bits)
+    _expect(tensors, "codes", torch.uint8, code_bytes)
+    _expect(tensors, "weight_scale", torch.float32, channels)
+    _expect(tensors, "bias", torch.float32, channels)
+    if affine:
+        _expect(tensors, "weight_zero_point", torch.uint8, affine)
+    if inputs:
+        _expect(tensors, "activation_scale", torch.float32, inputs)
+        _expect(tensors, "activation_zero_point", torch.uint8, inputs)
+
+
+def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, count: int) -> None:
+    tensor = tensors[PREFIX + name]
+    if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
+        raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} ({count},)")
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        raise ValueError(f"{name} holds NaN or infinite numbers")
+    if name.endswith("scale") and not bool((tensor > 0).all()):
+        raise ValueError(f"{name} holds a step that is not positive")
+
+
+def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
+    model = copy.deepcopy(into).eval()
+    state = {name: tensor for name, tensor in packed.tensors.items() if not name.startswith(PREFIX)}
+    for _layer, batch_norm in packed.metadata["folds"]:
+        replace_module_(model, model.get_submodule(batch_norm), nn.Identity())
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    for name, layer_state in _layer_states(packed):
+        module = model.get_submodule(name)
+        operator = operator_of(module)
+        if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[union-attr, arg-type]
+            raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
+        quantized = QuantizedLayer(operator, module.weight, None, f"{type(module).__name__}({module.extra_repr()})")  # type: ignore[arg-type]
+        quantized.assign_(layer_state)
+        replace_module_(model, module, quantized.to(device).eval())
+    expected = _other_state(model, _quantized_layers(model))
+    if set(expected) != set(state):
+        raise FileError(f"the file's remaining state differs from the model's: {sorted(set(expected) ^ set(state))[:5]}")
+    with torch.no_grad():
+        for name, tensor in expected.items():
+            tensor.copy_(state[name])
+    return model
+
+
+def _layer_states(packed: PackedModel) -> list[tuple[str, QuantizedState]]:
+    """The layers' codes and steps, cut out of the joint tensors in order."""
+    tensors, metadata = packed.tensors, packed.metadata
+    codes = tensors[PREFIX + "codes"].numpy()
+    scales, biases = tensors[PREFIX + "weight_scale"], tensors[PREFIX + "bias"]
+    channel = byte = zero_at = input_at = 0
+    found = []
+    for index, name in enumerate(metadata["names"]):
+        shape, channels = metadata["shapes"][index], metadata["channels"][index]
+        grid = Grid(metadata["weight_bits"][index], symmetric=bool(metadata["weight_symmetric"][index]))
+        count = int(np.prod(shape, dtype=np.int64))
+        size = packed_size(count, grid.bits)
+        levels = torch.from_numpy(unpack(codes[byte : byte + size], grid.bits, count)).to(torch.int16) + grid.lowest
+        zero = torch.zeros(channels, dtype=torch.int32)
+        if not grid.symmetric:
+            zero = tensors[PREFIX + "weight_zero_point"][zero_at : zero_at + channels].to(torch.int32)
+            zero_at += channels
+        activation = None
+        if metadata["activation_bits"][index]:
+            step = tensors[PREFIX + "activation_scale"][input_at].clone()
+            offset = tensors[PREFIX + "activation_zero_point"][input_at].to(torch.int32)
+            activation = (step, offset, Grid(metadata["activation_bits"][index]))
+            input_at += 1
+        scale, bias = scales[channel : channel + channels].clone(), biases[channel : channel + channels].clone()
+        found.append((name, QuantizedState(levels.view(shape), scale, zero, bias, grid, activation)))
+        byte, channel = byte + size, channel + channels
+    return found
+
+
+def _pack_codes(state: QuantizedState) -> Any:
+    offset = state.codes.to(torch.int16) - state.weight_grid.lowest
+    return pack(offset.flatten().to(torch.uint8).cpu().numpy(), state.weight_grid.bits)
+
+
+def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and module.is_quantized}
+
+
+def _other_state(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """The model's state without that of its quantized layers, under any of their names."""
+    inside = {id(tensor) for layer in layers.values() for tensor in layer.state_dict(keep_vars=True).values()}
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside}
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b-128 over names and bytes of all tensors in the order of their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

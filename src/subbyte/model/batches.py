@@ -1,0 +1,143 @@
+"""Batches: what a model is called with. Tensors, tuples (positional arguments) or mappings (keyword arguments), samples along dimension 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import DataError
+
+Batch = Any
+
+DEFAULT_BATCH_SIZE = 32
+
+
+def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
+    """Calibration data as a tuple of non-empty batches.
+
+    Args:
+        data: a tensor (samples, ...), any dtype and any shape after the first dimension, which is cut into batches of 32; or any iterable
+            of batches, each a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments) of the model.
+
+    Raises:
+        DataError: if there is no sample, if a batch has no tensor with a sample dimension, or if a number in it is NaN or infinite.
+
+    Example:
+        >>> [batch.shape[0] for batch in as_batches(torch.zeros(70, 3))]
+        [32, 32, 6]
+    """
+    if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
+        raise DataError(f"calibration data is a tensor or an iterable of batches, not {type(data).__name__}; put a single batch into a list")
+    batches = tuple(data.split(DEFAULT_BATCH_SIZE)) if isinstance(data, Tensor) and data.dim() else tuple(data)
+    batches = tuple(batch for batch in batches if not (isinstance(batch, Tensor) and batch.numel() == 0))
+    if not batches:
+        raise DataError("the calibration set is empty; a few hundred unlabeled samples are wanted, one is the least")
+    for index, batch in enumerate(batches):
+        if sample_count(batch) == 0:
+            raise DataError(f"calibration batch {index} holds no tensor with samples along dimension 0: {describe(batch)}")
+        for tensor in tensors(batch):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise DataError(f"calibration batch {index} holds NaN or infinite numbers; remove those samples or mend the preprocessing")
+    return batches
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in a batch or in a model's output, in a fixed order.
+
+    Args:
+        value: a tensor of any shape, or tuples, lists, mappings and dataclasses of such; anything else is passed over.
+
+    Example:
+        >>> [t.item() for t in tensors({"a": torch.tensor(1), "b": (torch.tensor(2), "text")})]
+        [1, 2]
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field in fields(value):
+            yield from tensors(getattr(value, field.name))
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed.
+
+    Args:
+        value: a tensor of any shape, or tuples, lists and mappings of such; anything else is kept as it is.
+        change: what to do with one tensor.
+    """
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(map_tensors(item, change) for item in value)
+    return value
+
+
+def sample_count(batch: Batch) -> int:
+    """Number of samples in a batch: the first dimension of its first tensor that has one; 0 if there is none.
+
+    Args:
+        batch: a batch, see `as_batches`.
+    """
+    return next((tensor.shape[0] for tensor in tensors(batch) if tensor.dim() > 0), 0)
+
+
+def select_samples(batch: Batch, chosen: Tensor) -> Batch:
+    """Some samples of a batch: every tensor whose first dimension counts the samples is cut, the others are kept.
+
+    Args:
+        batch: a batch, see `as_batches`.
+        chosen: bool (samples,), True for the samples to keep.
+    """
+    count = sample_count(batch)
+    return map_tensors(batch, lambda tensor: tensor[chosen.to(tensor.device)] if tensor.dim() and tensor.shape[0] == count else tensor)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What the model returns for a batch, which is brought to the model's device first.
+
+    Args:
+        model: any module.
+        batch: a tensor, a tuple or list of positional arguments, or a mapping of keyword arguments.
+    """
+    owned = next(iter(model.parameters()), next(iter(model.buffers()), None))
+    if owned is not None:
+        device = owned.device
+        batch = map_tensors(batch, lambda tensor: tensor.to(device))
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, list | tuple):
+        return model(*batch)
+    return model(batch)
+
+
+def describe(value: Any) -> str:
+    """Shapes and dtypes of a batch in words, for error messages.
+
+    Args:
+        value: a batch or a model's output.
+
+    Example:
+        >>> describe((torch.zeros(2, 3), {"n": torch.tensor(1)}))
+        '(float32 (2, 3), {n: int64 ()})'
+    """
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "(" + ", ".join(describe(item) for item in value) + ")"
+    return type(value).__name__

@@ -1,0 +1,177 @@
+"""Fold batch norms into the layers before them, where running the model proves it right.
+
+A batch norm in evaluation mode, `gamma (y - mu) / sqrt(var + eps) + beta`, after `y = W x + b` is one layer with
+
+    W' = W gamma / sqrt(var + eps),      b' = (b - mu) gamma / sqrt(var + eps) + beta
+
+Which batch norm reads which layer's output is found by running: the object that leaves the layer is the object that enters the batch norm.
+That nothing else reads it is proved by comparing the model's outputs before and after; a fold that changed them is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from subbyte.errors import ModelError
+from subbyte.model.batches import Batch, call, tensors
+from subbyte.model.layers import Layer
+from subbyte.model.operators import operator_of
+from subbyte.model.replace import replace_module_
+
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A batch norm that was folded.
+
+    Args:
+        layer: qualified name of the layer.
+        batch_norm: qualified name of the batch norm, now an identity.
+    """
+
+    layer: str
+    batch_norm: str
+
+
+def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batch: Batch, output: object) -> tuple[Fold, ...]:
+    """Fold every batch norm that can be folded.
+
+    Args:
+        model: float model in evaluation mode; is changed in place.
+        layers: its layers, from `layers.survey`.
+        batch: what to run it on.
+        output: what the unchanged model returned for `batch`.
+
+    Returns:
+        What was folded.
+
+    Raises:
+        ModelError: if the unchanged model returns something else the second time (it is not deterministic).
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
+
+    Example:
+        >>> from subbyte.model.layers import survey
+        >>> net, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), torch.randn(4, 1, 5, 5)
+        >>> found, output = survey(net, [x])
+        >>> fold_batch_norms_(net, found.layers, x, output)
+        (Fold(layer='0', batch_norm='1'),)
+        >>> net[1]
+        Identity()
+    """
+    folds = _readers(model, layers, batch)
+    undo = [_apply_(model, fold) for fold in folds]
+    if _same(model, batch, output):
+        return tuple(folds)
+    for step in reversed(undo):
+        step.back_(model)
+    if not _same(model, batch, output):
+        raise ModelError("the model returns something else each time it runs on the same batch; switch dropout and other randomness off")
+    kept = []
+    for fold in folds:  # one of them is wrong: try each alone
+        step = _apply_(model, fold)
+        if _same(model, batch, output):
+            kept.append(fold)
+        else:
+            step.back_(model)
+    return tuple(kept)
+
+
+def fold_(model: nn.Module, fold: Fold) -> None:
+    """Fold one batch norm without proof: to repeat on a copy what `fold_batch_norms_` found.
+
+    Args:
+        model: is changed in place.
+        fold: what to fold.
+    """
+    _apply_(model, fold)
+
+
+@dataclass(frozen=True, eq=False)
+class _Undo:
+    layer: nn.Module
+    weight: Tensor
+    bias: Tensor | None
+    batch_norm: nn.Module
+    identity: nn.Module
+
+    def back_(self, model: nn.Module) -> None:
+        self.layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        self.layer.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
+        replace_module_(model, self.identity, self.batch_norm)
+
+
+def _readers(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[Fold]:
+    """Pairs of a layer and the one batch norm that received the very object which the layer returned, each called once."""
+    names = {model.get_submodule(layer.name): layer.name for layer in layers if layer.calls == 1}
+    norms = {module: name for name, module in model.named_modules() if _is_plain_batch_norm(module)}
+    left: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id stays its own
+    found: list[tuple[str, str]] = []
+
+    def leaves(module: nn.Module, args: object, output: Tensor) -> None:
+        left[id(output)] = (names[module], output)
+
+    def enters(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.append((left[id(args[0])][0] if args and id(args[0]) in left else "", norms[module]))
+
+    handles = [module.register_forward_hook(leaves) for module in names]
+    handles += [module.register_forward_pre_hook(enters) for module in norms]
+    try:
+        with torch.no_grad():
+            call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    layer_names, norm_names = [pair[0] for pair in found], [pair[1] for pair in found]
+    return [Fold(*pair) for pair in found if pair[0] and layer_names.count(pair[0]) == 1 and norm_names.count(pair[1]) == 1]
+
+
+def _is_plain_batch_norm(module: nn.Module) -> bool:
+    """Whether a module computes what torch's batch norm does, with running statistics."""
+    return isinstance(module, _BatchNorm) and type(module).forward is _BatchNorm.forward and module.running_mean is not None
+
+
+@torch.no_grad()
+def _apply_(model: nn.Module, fold: Fold) -> _Undo:
+    layer, norm = model.get_submodule(fold.layer), model.get_submodule(fold.batch_norm)
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    assert isinstance(layer.weight, Tensor)
+    weight, bias = layer.weight.detach(), layer.bias.detach() if isinstance(layer.bias, Tensor) else None
+    gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
+    beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
+    factor = gamma / torch.sqrt(norm.running_var + norm.eps)
+    undo = _Undo(layer, weight, bias, norm, nn.Identity())
+    operator = operator_of(layer)
+    assert operator is not None
+    layer.weight = nn.Parameter(weight * operator.per_channel(factor, weight), requires_grad=False)
+    mean = norm.running_mean if bias is None else norm.running_mean - bias
+    layer.bias = nn.Parameter(beta - mean * factor, requires_grad=False)
+    replace_module_(model, norm, undo.identity)
+    return undo
+
+
+def _same(model: nn.Module, batch: Batch, output: object) -> bool:
+    """Whether the model still returns what it did, up to float32 rounding."""
+    try:
+        with torch.no_grad():
+            now = list(tensors(call(model, batch)))
+    except Exception:  # noqa: BLE001 - whatever the fold broke, it is not the same
+        return False
+    before = list(tensors(output))
+    if len(now) != len(before):
+        return False
+    return all(_close(a, b) for a, b in zip(now, before, strict=True))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or not a.is_floating_point():
+        return a.shape == b.shape and (not b.is_floating_point())
+    spread = (b - b.mean()).square().mean().sqrt() + b.abs().mean()
+    return bool((a - b).abs().max() <= TOLERANCE * spread) if b.numel() else True

@@ -1,0 +1,270 @@
+"""Find the layers that can be quantized, in the order in which they run, by running the model once. Nothing is traced."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import LayerError, ModelError, OptionError
+from subbyte.model.batches import Batch, call, describe
+from subbyte.model.operators import Operator, operator_of
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer that can be quantized.
+
+    Args:
+        name: qualified name in the model; the first one, if it has several.
+        other_names: further names of the same module.
+        operator: its arithmetic.
+        kind: the module's class and settings in words.
+        weight_shape: shape of the weight.
+        has_bias: whether the float layer has a bias.
+        outputs: number of output channels, C_out.
+        unknowns: number of weights of one output channel, n.
+        input_shape: shape of the input in the run that found the layer.
+        positions: output positions of one sample, in all calls together.
+        macs: multiply-accumulate operations for one sample, in all calls together.
+        calls: how often the layer was called in one forward.
+        tied_with: names of modules whose weight is the same tensor.
+    """
+
+    name: str
+    other_names: tuple[str, ...]
+    operator: Operator
+    kind: str
+    weight_shape: tuple[int, ...]
+    has_bias: bool
+    outputs: int
+    unknowns: int
+    input_shape: tuple[int, ...]
+    positions: int
+    macs: int
+    calls: int
+    tied_with: tuple[str, ...]
+
+    @property
+    def weight_count(self) -> int:
+        """Number of weights, bias not counted."""
+        return self.outputs * self.unknowns
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A module with parameters that stays in float32, and why.
+
+    Args:
+        name: qualified name.
+        kind: the module's class.
+        parameters: how many numbers it holds itself, children not counted.
+        reason: why it is not quantized.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What a model consists of, for quantization.
+
+    Args:
+        layers: what can be quantized, in running order.
+        left_out: everything else that holds parameters.
+    """
+
+    layers: tuple[Layer, ...]
+    left_out: tuple[LeftOut, ...]
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuse a model that cannot be quantized as it stands, before anything runs.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ModelError: if it is no eager module, is scripted or compiled, or is in training mode.
+        LayerError: if a parameter or buffer is half or double precision, NaN or infinite.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a torch.nn.Module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"'{name or type(model).__name__}' is scripted or traced; pass the eager model that it was made from")
+        if hasattr(module, "_orig_mod"):
+            raise ModelError(f"'{name or type(model).__name__}' is compiled by torch.compile; pass the eager model (its `_orig_mod`)")
+        if module.training:
+            raise ModelError(f"'{name or type(model).__name__}' is in training mode; call model.eval() first")
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise LayerError(name, f"is {str(tensor.dtype).removeprefix('torch.')}; convert the model with model.float() first")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise LayerError(name, "holds NaN or infinite numbers; the trained model is damaged, load it again")
+
+
+def survey(
+    model: nn.Module, batches: Sequence[Batch], include: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+) -> tuple[Survey, object]:
+    """Run the model once and list its layers.
+
+    Args:
+        model: float model in evaluation mode; left as it was.
+        batches: what to run it on, see `batches.as_batches`. The first suffices, unless it skips layers (mixture of experts).
+        include: globs over qualified names; only these layers are quantized.
+        exclude: globs over qualified names; these layers are not.
+
+    Returns:
+        The survey, and what the model returned for the first batch.
+
+    Raises:
+        OptionError: if a glob matches no layer.
+        ModelError: if the model fails on the batch, or no layer is left to quantize.
+        LayerError: if a layer is called with more than its input, or sees NaN or infinite numbers.
+
+    Example:
+        >>> found, _ = survey(nn.Sequential(nn.Linear(3, 2)).eval(), [torch.zeros(5, 3)])
+        >>> found.layers[0].name, found.layers[0].macs
+        ('0', 6)
+    """
+    candidates = {name: (module, operator) for name, module in model.named_modules() if (operator := operator_of(module))}
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in candidates):
+            raise OptionError(f"no layer matches '{pattern}'; the layers are {', '.join(candidates) or 'none'}")
+    modules = {name: module for name, (module, _) in candidates.items()}
+    calls = _record_calls(model, batches[0], modules)
+    order, inputs = list(calls.inputs), dict(calls.inputs)
+    for batch in batches[1:]:
+        if len(order) == len(candidates):
+            break
+        later = _record_calls(model, batch, modules).inputs
+        order = _merged_order(order, list(later))
+        inputs = later | inputs
+    layers, left_out = [], []
+    for name in [*order, *(name for name in candidates if name not in inputs)]:
+        module, operator = candidates[name]
+        if name not in inputs:
+            left_out.append(_left_out(name, module, "never called in a forward"))
+        elif not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, pattern) for pattern in exclude):
+            left_out.append(_left_out(name, module, "excluded by the user"))
+        else:
+            layers.append(_layer(name, module, operator, inputs[name], model))
+    for name, module in model.named_modules():
+        if name not in candidates and any(True for _ in module.parameters(recurse=False)):
+            left_out.append(_left_out(name, module, _why_not(module)))
+    if not layers:
+        seen = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
+        raise ModelError(
+            f"nothing to quantize: no Linear or convolution of torch.nn is called in a forward (or all are excluded); modules found: {seen}"
+        )
+    return Survey(tuple(layers), tuple(left_out)), calls.output
+
+
+@dataclass(frozen=True, eq=False)
+class _Calls:
+    inputs: dict[str, list[Tensor]]
+    output: object
+
+
+def _record_calls(model: nn.Module, batch: Batch, modules: dict[str, nn.Module]) -> _Calls:
+    """Inputs of every call of the given modules (as meta tensors, by name, in running order), and the model's output."""
+    inputs: dict[str, list[Tensor]] = {}
+    stage = ["before the first layer"]
+
+    def recorder(name: str):  # type: ignore[no-untyped-def]
+        def record(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+            x = layer_input(name, args, kwargs)
+            stage[0] = f"in or after layer '{name}' with input {describe(x)}"
+            inputs.setdefault(name, []).append(x.to("meta"))
+
+        return record
+
+    handles = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
+    try:
+        with torch.no_grad():
+            output = call(model, batch)
+    except ModelError:
+        raise
+    except Exception as error:  # noqa: BLE001 - adds where the user's model failed
+        raise ModelError(
+            f"the model failed on a calibration batch, {stage[0]}: {error}. The batch was {describe(batch)}: tuples and lists "
+            "are passed as positional arguments, mappings as keyword arguments; leave labels out"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _Calls(inputs, output)
+
+
+def _merged_order(order: list[str], other: list[str]) -> list[str]:
+    """`order` with the names that only `other` has, each behind the name that it follows there."""
+    merged = list(order)
+    for index, name in enumerate(other):
+        if name not in merged:
+            merged.insert(merged.index(other[index - 1]) + 1 if index else 0, name)
+    return merged
+
+
+def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) -> Tensor:
+    """The one input of a layer's call.
+
+    Args:
+        name: the layer's qualified name.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+
+    Raises:
+        LayerError: if the call passes anything but one finite float32 tensor.
+    """
+    given = [*args, *kwargs.values()]
+    if len(given) != 1 or not isinstance(given[0], Tensor):
+        raise LayerError(name, f"is called with {describe(given)}, only one input tensor is supported; exclude the layer to go on")
+    x = given[0]
+    if x.dtype != torch.float32:
+        raise LayerError(name, f"receives {describe(x)}, only float32 is supported; switch autocast off or exclude the layer")
+    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
+        raise LayerError(name, f"receives NaN or infinite numbers, input {describe(x)}; check the model and the calibration data")
+    return x
+
+
+def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor], model: nn.Module) -> Layer:
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, Tensor)
+    groups, outputs, unknowns = operator.to_matrix(weight).shape
+    positions = sum(operator.count(x)[1] for x in inputs)
+    names = [other for other, found in model.named_modules(remove_duplicate=False) if found is module and other != name]
+    tied = [other for other, found in model.named_modules() if found is not module and getattr(found, "weight", None) is weight]
+    return Layer(
+        name=name,
+        other_names=tuple(names),
+        operator=operator,
+        kind=f"{type(module).__name__}({module.extra_repr()})",
+        weight_shape=tuple(weight.shape),
+        has_bias=bias is not None,
+        outputs=groups * outputs,
+        unknowns=unknowns,
+        input_shape=tuple(inputs[0].shape),
+        positions=positions,
+        macs=groups * outputs * unknowns * positions,
+        calls=len(inputs),
+        tied_with=tuple(tied),
+    )
+
+
+def _left_out(name: str, module: nn.Module, reason: str) -> LeftOut:
+    count = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+    return LeftOut(name or type(module).__name__, type(module).__name__, count, reason)
+
+
+def _why_not(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+        return f"{type(module).__name__} has a forward of its own, which is not torch's"
+    return "not a linear or convolutional layer"

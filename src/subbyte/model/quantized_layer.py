@@ -1,0 +1,128 @@
+"""The one stateful module: a layer that computes with quantized weights and inputs.
+
+    y = operator(q(x; s_x, z_x), s_w (Q - z_w), b)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from subbyte.errors import ModelError
+from subbyte.model.operators import Operator
+from subbyte.quantizers.affine import dequantize, fake_quantize
+from subbyte.quantizers.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedState:
+    """Everything that a quantized layer computes with.
+
+    Args:
+        codes: weight codes `Q`, int16, the shape of the layer's weight.
+        scale: weight steps `s_w`, float32 (C_out,).
+        zero_point: weight zero-points `z_w`, int32 (C_out,); zeros for a symmetric grid.
+        bias: `b`, float32 (C_out,).
+        weight_grid: grid of the codes.
+        activation: `(s_x, z_x, grid)` of the input, float32 () and int32 (), or None where the input stays in float32.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+    weight_grid: Grid
+    activation: tuple[Tensor, Tensor, Grid] | None
+
+
+class QuantizedLayer(nn.Module):
+    """Stands in for a Linear or convolution: float until `assign_` gives it codes, quantized from then on.
+
+    The weight on the grid is kept beside the codes, so that a forward costs what the float layer's costs plus the input's rounding.
+
+    Args:
+        operator: the layer's arithmetic.
+        weight: float32, the layer's weight.
+        bias: float32 (C_out,), or None.
+        kind: what the layer was, for example ``"Conv2d(3, 16, kernel_size=(3, 3))"``; only shown.
+
+    Example:
+        >>> import torch
+        >>> from subbyte.errors import ModelError
+from subbyte.model.operators import Linear
+        >>> layer = QuantizedLayer(Linear(), torch.ones(1, 2), None, "Linear")
+        >>> layer.is_quantized, layer(torch.ones(1, 2))
+        (False, tensor([[2.]]))
+    """
+
+    codes: Tensor | None
+    scale: Tensor | None
+    zero_point: Tensor | None
+    activation_scale: Tensor | None
+    activation_zero_point: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, operator: Operator, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+        super().__init__()
+        self.operator = operator
+        self.kind = kind
+        self.weight_grid: Grid | None = None
+        self.activation_grid: Grid | None = None
+        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+        for name in ("codes", "scale", "zero_point", "activation_scale", "activation_zero_point"):
+            self.register_buffer(name, None)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether `assign_` has been called."""
+        return self.codes is not None
+
+    def assign_(self, state: QuantizedState) -> None:
+        """Take over codes, steps, bias and grids; from now on the layer computes with them.
+
+        Args:
+            state: what to compute with.
+        """
+        self.codes = state.codes
+        self.scale = state.scale
+        self.zero_point = state.zero_point
+        self.bias = state.bias
+        self.weight_grid = state.weight_grid
+        scale, zero_point = (self.operator.per_channel(values, state.codes) for values in (state.scale, state.zero_point))
+        self.weight = dequantize(state.codes, scale, zero_point)
+        self.activation_scale, self.activation_zero_point, self.activation_grid = state.activation or (None, None, None)
+
+    def state(self) -> QuantizedState:
+        """What the layer computes with: the inverse of `assign_`.
+
+        Raises:
+            ModelError: if it is still float.
+        """
+        if self.codes is None or self.scale is None or self.zero_point is None or self.bias is None or self.weight_grid is None:
+            raise ModelError(f"{self.kind} has no codes yet")
+        activation = None
+        if self.activation_grid is not None:
+            assert self.activation_scale is not None and self.activation_zero_point is not None
+            activation = (self.activation_scale, self.activation_zero_point, self.activation_grid)
+        return QuantizedState(self.codes, self.scale, self.zero_point, self.bias, self.weight_grid, activation)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear and nn.Conv2d have
+        """The layer's output.
+
+        Args:
+            input: float32, the shape that the float layer accepted.
+        """
+        if self.activation_grid is not None:
+            assert self.activation_scale is not None and self.activation_zero_point is not None
+            input = fake_quantize(input, self.activation_scale, self.activation_zero_point, self.activation_grid)  # noqa: A001
+        return self.operator(input, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """The widths, for `print(model)`."""
+        if self.weight_grid is None:
+            return f"{self.kind}, float32"
+        inputs = f"A{self.activation_grid.bits}" if self.activation_grid else "A32"
+        return f"{self.kind}, W{self.weight_grid.bits}{inputs}"

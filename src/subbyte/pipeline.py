@@ -1,0 +1,94 @@
+"""The whole method, top-down: one call a stage."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from subbyte.calibrate.loss import check_output
+from subbyte.calibrate.passes import CalibrationSet, calibrate_, prepare
+from subbyte.calibrate.rows import held_out_samples
+from subbyte.calibrate.whole import guard_whole_
+from subbyte.export.packed import structure_of
+from subbyte.model.batches import Batch, as_batches, sample_count
+from subbyte.model.fold import fold_batch_norms_
+from subbyte.model.layers import check_model, survey
+from subbyte.recipes import Recipe
+from subbyte.result import Result, layer_report, still_float, warnings_for
+from subbyte.run.events import Observer, Warned, ignore
+from subbyte.widths import Widths
+
+
+def quantize(
+    model: nn.Module,
+    data: Tensor | Iterable[Batch],
+    *,
+    widths: Widths = Widths(),  # noqa: B008 - a frozen value
+    recipe: Recipe = Recipe(),  # noqa: B008 - a frozen value
+    seed: int = 0,
+    observer: Observer = ignore,
+) -> Result:
+    """Quantize a trained model with a few hundred unlabeled samples.
+
+    Args:
+        model: float32 model in evaluation mode; is not changed.
+        data: calibration samples, a tensor (samples, ...) or an iterable of batches, each a tensor of any shape with samples along
+            dimension 0, a tuple (positional arguments) or a mapping (keyword arguments).
+        widths: bits of every layer.
+        recipe: how to quantize.
+        seed: of everything that is drawn at random; the same seed gives the same bits.
+        observer: is told what happens.
+
+    Returns:
+        The quantized model and its receipt.
+
+    Raises:
+        OptionError: if widths or names cannot be served.
+        ModelError: if the model cannot be quantized as it is; a `LayerError` names the layer at fault.
+        DataError: if the calibration data cannot be used.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 3, with the changes that docs/design.md names.
+
+    Example:
+        >>> float_model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
+        >>> result = quantize(float_model, torch.randn(64, 3, 8, 8), widths=Widths(4, 4, pinned={"0": 8}))
+        >>> result.allocation
+        {'0': (8, 8), '4': (4, 4)}
+    """
+    started = time.perf_counter()
+    check_model(model)
+    batches = as_batches(data)
+    found, output = survey(model, batches, widths.include, widths.exclude)
+    options = widths.of([layer.name for layer in found.layers])
+    check_output(output)
+
+    original = copy.deepcopy(model)
+    folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches[0], output)
+    models = prepare(original, found.layers, options, symmetric=recipe.symmetric_weights)
+    held_out = held_out_samples([sample_count(batch) for batch in batches], recipe.sampling.held_out, seed)
+    calibration = CalibrationSet(batches, held_out, seed)
+
+    judged = calibrate_(models, calibration, recipe.method, recipe.flavour, observer)
+    measured = guard_whole_(models, judged, calibration, recipe.loss, observer)
+
+    warnings = warnings_for(found, judged, measured)
+    for text in warnings:
+        observer(Warned(text))
+    return Result(
+        model=models.quantized,
+        layers=tuple(layer_report(item, judged[item.layer.name], measured) for item in models.layers),
+        left_out=still_float(found, folds),
+        folds=folds,
+        measured=measured,
+        warnings=warnings,
+        float_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        structure=structure_of(model),
+        widths=widths,
+        recipe=recipe,
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    )

@@ -1,0 +1,112 @@
+"""The affine equations, on tensors: from real numbers to codes and back.
+
+    q  = clip(round(x / s) + z, lowest, highest)
+    x^ = s (q - z)
+
+Rounding is to the nearest integer, ties to even, as in ONNX QuantizeLinear.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subbyte.quantizers.grid import Grid
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """Codes of `x`: `clip(round(x / s) + z, lowest, highest)`.
+
+    Args:
+        x: real numbers, float, any shape.
+        scale: step `s > 0`, float, broadcastable to `x`.
+        zero_point: integer-valued `z`, any dtype, broadcastable to `x`.
+        grid: the codes that exist.
+
+    Returns:
+        Codes, the shape and dtype of `x`, integer-valued.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), eq. 1; ONNX QuantizeLinear.
+
+    Example:
+        >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(2), Grid(3))
+        tensor([0., 3., 7.])
+    """
+    return torch.clamp(torch.round(x / scale) + zero_point, grid.lowest, grid.highest)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """The numbers that codes stand for: `s (q - z)`.
+
+    Args:
+        codes: `q`, integer-valued, any dtype, any shape.
+        scale: step `s`, float, broadcastable to `codes`.
+        zero_point: integer-valued `z`, any dtype, broadcastable to `codes`.
+
+    Returns:
+        Numbers in the shape of `codes` and the dtype of `scale`.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), eq. 1; ONNX DequantizeLinear.
+
+    Example:
+        >>> dequantize(torch.tensor([0, 3, 7]), torch.tensor(0.5), torch.tensor(2))
+        tensor([-1.0000,  0.5000,  2.5000])
+    """
+    return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The nearest numbers on a per-tensor grid, `x^ = dequantize(quantize(x))`, in one fused pass over memory.
+
+    PyTorch multiplies by `1 / s` where `quantize` divides by `s`; the two may differ by one code where `x / s` lies within a rounding
+    error of a tie.
+
+    Args:
+        x: real numbers, float32, any shape.
+        scale: step `s > 0`, float32, scalar shape ().
+        zero_point: integer-valued `z` among the grid's codes, int32, scalar shape ().
+        grid: the codes that exist.
+
+    Returns:
+        Numbers on the grid, the shape of `x`, float32. Gradients pass straight through inside the range.
+
+    Source:
+        ONNX QuantizeLinear followed by DequantizeLinear; `torch.fake_quantize_per_tensor_affine`.
+
+    Example:
+        >>> fake_quantize(torch.tensor([-3.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(2, dtype=torch.int32), Grid(3))
+        tensor([-1.0000,  0.5000,  2.5000])
+    """
+    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, grid.lowest, grid.highest)
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Step and integer zero-point of the grid that spans `[low, high]`, after widening the range to hold zero.
+
+    Symmetric: `s = max(-low / -lowest, high / highest)`, the smallest step under which neither end is clipped. Affine: `s = (high - low)
+    / (2^b - 1)`, `z = round(-low / s)`.
+
+    Args:
+        low: lower ends, float, any shape.
+        high: upper ends, float, the shape of `low`.
+        grid: the codes that exist.
+
+    Returns:
+        `(s, z)`, both in the shape of `low`; `s` float and never 0 (an empty range gets the smallest normal number), `z` int32.
+
+    Source:
+        Jacob et al. 2018 (arXiv 1712.05877), section 3.
+
+    Example:
+        >>> scale_and_zero_point(torch.tensor(-1.0), torch.tensor(2.0), Grid(2))
+        (tensor(1.), tensor(1, dtype=torch.int32))
+    """
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    tiny = torch.finfo(low.dtype).tiny
+    if grid.symmetric:
+        scale = torch.maximum(low / grid.lowest, high / grid.highest).clamp(min=tiny)
+        return scale, torch.zeros_like(scale, dtype=torch.int32)
+    scale = ((high - low) / (grid.highest - grid.lowest)).clamp(min=tiny)
+    return scale, torch.round(-low / scale).clamp(grid.lowest, grid.highest).to(torch.int32)

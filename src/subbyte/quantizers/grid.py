@@ -1,0 +1,56 @@
+"""Grids as values: how many bits, and whether zero sits in the middle or where an integer zero-point says.
+
+A grid of `b` bits has `2^b` codes. A code `q` stands for the number
+
+    x^ = s (q - z)
+
+with scale `s > 0` and integer zero-point `z`, so that zero is always represented exactly: cutting patches with zero padding out of a
+quantized input equals quantizing the patches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from subbyte.errors import OptionError
+
+MIN_BITS = 2
+MAX_BITS = 8
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The set of codes one number may take.
+
+    Args:
+        bits: width of a code, 2 to 8.
+        symmetric: True: signed codes `-2^(b-1) .. 2^(b-1)-1` and zero-point 0. False: unsigned codes `0 .. 2^b-1` and a zero-point
+            among them.
+
+    Raises:
+        OptionError: if `bits` is not an integer from 2 to 8.
+
+    Example:
+        >>> Grid(4, symmetric=True).lowest, Grid(4, symmetric=True).highest
+        (-8, 7)
+        >>> Grid(9)
+        Traceback (most recent call last):
+        subbyte.errors.OptionError: a grid has 2 to 8 bits, not 9
+    """
+
+    bits: int
+    symmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise OptionError(f"a grid has {MIN_BITS} to {MAX_BITS} bits, not {self.bits!r}")
+
+    @property
+    def lowest(self) -> int:
+        """Smallest code."""
+        return -(1 << (self.bits - 1)) if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """Largest code."""
+        return self.lowest + (1 << self.bits) - 1

@@ -1,0 +1,236 @@
+"""What a run returns: the quantized model, and everything that was decided and measured on the way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from subbyte.calibrate.guard import Judged
+from subbyte.calibrate.passes import CalibratedLayer
+from subbyte.calibrate.whole import Measured
+from subbyte.export.bits import packed_size
+from subbyte.export.packed import pack_model, to_bytes, write_file
+from subbyte.model.fold import Fold
+from subbyte.model.layers import Layer, LeftOut, Survey
+from subbyte.recipes import Recipe
+from subbyte.widths import Option, Widths
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Args:
+        name: qualified name.
+        kind: class and settings of the float module.
+        weight_bits: width of its weight codes.
+        activation_bits: width of its input, or None where that stays in float32.
+        float_bytes: weight and bias in float32.
+        size_bytes: codes, steps, zero-points and bias in the packed file, header not counted.
+        solver: whose solution is kept.
+        error: of the kept solution, relative, on held-out rows (see `calibrate.problem.relative_error`).
+        baseline_error: of plain rounding, likewise.
+        rejected_error: of a solution that the guard turned down, likewise; None if it was kept.
+        unknowns: weights of one output channel.
+        equations: independent rows that the calibration set offered for them.
+        note: anything unusual about the layer.
+    """
+
+    name: str
+    kind: str
+    weight_bits: int
+    activation_bits: int | None
+    float_bytes: int
+    size_bytes: int
+    solver: str
+    error: float
+    baseline_error: float
+    rejected_error: float | None
+    unknowns: int
+    equations: int
+    note: str
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A quantized model and its receipt.
+
+    Args:
+        model: an instance of the user's own class, in evaluation mode.
+        layers: what became of each layer, in running order.
+        left_out: what stays in float32, and why.
+        folds: batch norms that were folded.
+        measured: losses on held-out samples.
+        warnings: what the user should know.
+        float_bytes: the float model's parameters and buffers.
+        structure: fingerprint of the float model's structure.
+        widths: as asked for.
+        recipe: as asked for.
+        seed: of the run.
+        seconds: the run took.
+
+    Example:
+        >>> import subbyte, torch
+        >>> float_model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4)).eval()
+        >>> result = subbyte.quantize(float_model, torch.randn(64, 8), widths=subbyte.Widths(4, 4))
+        >>> result.allocation
+        {'0': (4, 4), '2': (4, 4)}
+    """
+
+    model: nn.Module
+    layers: tuple[LayerReport, ...]
+    left_out: tuple[LeftOut, ...]
+    folds: tuple[Fold, ...]
+    measured: Measured
+    warnings: tuple[str, ...]
+    float_bytes: int
+    structure: str
+    widths: Widths
+    recipe: Recipe
+    seed: int
+    seconds: float
+
+    @property
+    def allocation(self) -> Mapping[str, Option]:
+        """`(weight bits, activation bits or None)` by layer name."""
+        return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the packed file, exactly as `save` writes it."""
+        return len(self._content())
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Write the packed file.
+
+        Args:
+            path: of the file, usually ``something.subbyte.safetensors``; one that exists is replaced, whole or not at all.
+
+        Returns:
+            Its size in bytes, which is `size_bytes`.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        content = self._content()
+        write_file(path, content)
+        return len(content)
+
+    def _content(self) -> bytes:
+        return to_bytes(pack_model(self.model, self.structure, self.folds))
+
+    def __str__(self) -> str:
+        """The receipt."""
+        return receipt(self)
+
+
+def receipt(result: Result) -> str:
+    """The receipt as text: every layer, what stayed float and why, bytes, losses, warnings.
+
+    Args:
+        result: of a run.
+    """
+    width = max(len("layer"), *(len(layer.name) for layer in result.layers))
+    head = f"{'layer':{width}}  {'W':>2} {'A':>3} {'float bytes':>12} {'bytes':>10}  {'error':>8} {'rounding':>8}  kept"
+    lines = [head, "-" * len(head)]
+    for layer in result.layers:
+        inputs = "-" if layer.activation_bits is None else str(layer.activation_bits)
+        kept = layer.solver if layer.rejected_error is None else f"{layer.solver} (solver had {layer.rejected_error:.2g})"
+        numbers = f"{layer.float_bytes:>12,} {layer.size_bytes:>10,}  {layer.error:>8.2g} {layer.baseline_error:>8.2g}"
+        lines.append(f"{layer.name:{width}}  {layer.weight_bits:>2} {inputs:>3} {numbers}  {kept}{'; ' + layer.note if layer.note else ''}")
+    lines.append("error: squared error of the layer's output on held-out rows, relative to its variance; rounding: that of plain rounding")
+    if result.left_out:
+        lines.append("stays in float32:")
+        lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in result.left_out]
+    if result.folds:
+        lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
+    size, measured = result.size_bytes, result.measured
+    lines.append(f"float32: {result.float_bytes:,} bytes; packed file: {size:,} bytes ({result.float_bytes / size:.2f} times smaller)")
+    judged = f"{measured.held_out_samples} held-out of {measured.samples} samples" if measured.held_out_samples else "its one sample"
+    losses = f"{measured.loss:.4g}, with plain rounding everywhere {measured.baseline_loss:.4g}"
+    lines.append(f"{measured.loss_name} from the float model on {judged}: {losses}")
+    if measured.rejected_loss is not None:
+        lines.append(f"the calibrated model had {measured.rejected_loss:.4g} and was given up for plain rounding")
+    lines += [f"warning: {text}" for text in result.warnings]
+    lines.append(f"{result.recipe.solver.name}, {result.recipe.flavour.value}, seed {result.seed}, {result.seconds:.1f} s")
+    return "\n".join(lines)
+
+
+def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> LayerReport:
+    """What became of one layer.
+
+    Args:
+        item: the layer and its grids.
+        judged: what its solver and plain rounding reached.
+        measured: of the whole; if the calibrated model was given up, the layer has the baseline's codes.
+    """
+    layer, grid = item.layer, item.weight_grid
+    whole_rejected = measured.rejected_loss is not None
+    kept = judged.baseline if whole_rejected else judged.solution
+    channel_bytes = layer.outputs * (4 + 4 + (0 if grid.symmetric else 1))
+    return LayerReport(
+        name=layer.name,
+        kind=layer.kind,
+        weight_bits=grid.bits,
+        activation_bits=None if item.activation_grid is None else item.activation_grid.bits,
+        float_bytes=4 * (layer.weight_count + (layer.outputs if layer.has_bias else 0)),
+        size_bytes=packed_size(layer.weight_count, grid.bits) + channel_bytes + (5 if item.activation_grid else 0),
+        solver=kept.solver,
+        error=judged.baseline_error if kept is judged.baseline else judged.error,
+        baseline_error=judged.baseline_error,
+        rejected_error=judged.error if judged.rejected and judged.error > judged.baseline_error else None,
+        unknowns=judged.unknowns,
+        equations=judged.equations,
+        note=_note(layer),
+    )
+
+
+def still_float(found: Survey, folds: Sequence[Fold]) -> tuple[LeftOut, ...]:
+    """What stays in float32: everything left out but the batch norms that were folded away.
+
+    Args:
+        found: the model's layers.
+        folds: batch norms that were folded.
+    """
+    folded = {fold.batch_norm for fold in folds}
+    return tuple(left for left in found.left_out if left.name not in folded)
+
+
+def _note(layer: Layer) -> str:
+    notes = []
+    if layer.calls > 1:
+        notes.append(f"called {layer.calls} times, calibrated on the float inputs of all calls")
+    if layer.other_names:
+        notes.append(f"also {', '.join(layer.other_names)}")
+    if layer.tied_with:
+        notes.append(f"weight was shared with {', '.join(layer.tied_with)}, no longer is")
+    return "; ".join(notes)
+
+
+def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured) -> tuple[str, ...]:
+    """What the user should know before trusting the result.
+
+    Args:
+        found: the model's layers.
+        judged: by layer name.
+        measured: of the whole.
+    """
+    warnings = []
+    poor = [(name, j.unknowns, j.equations) for name, j in judged.items() if j.equations < j.unknowns]
+    if poor:
+        listed = ", ".join(f"{name} ({unknowns} unknowns, {equations} equations)" for name, unknowns, equations in poor)
+        warnings.append(f"too few samples to determine these layers, which stay close to their trained weights: {listed}")
+    rejected = [name for name, j in judged.items() if j.rejected and j.error > j.baseline_error]
+    if rejected:
+        warnings.append(f"plain rounding was better on held-out rows and is kept in: {', '.join(rejected)}")
+    if measured.held_out_samples == 0:
+        warnings.append("with a single calibration sample nothing could be held out to judge by")
+    if measured.rejected_loss is not None:
+        warnings.append("the calibrated model lost to plain rounding on held-out samples; the returned model is plainly rounded")
+    never = [left.name for left in found.left_out if left.reason.startswith("never called")]
+    if never:
+        warnings.append(f"never called in a forward, so left in float32: {', '.join(never)}")
+    return tuple(warnings)

@@ -1,0 +1,80 @@
+"""Which layer gets how many bits, when the user says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from subbyte.errors import OptionError
+from subbyte.quantizers.grid import Grid
+
+Option = tuple[int, int | None]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Fixed widths.
+
+    Args:
+        weight_bits: of every layer's weights, 2 to 8.
+        activation_bits: of every layer's input, 2 to 8, or None to leave inputs in float32.
+        pinned: other widths for some layers, by name or glob: one number for both, or `(weight bits, activation bits or None)`.
+        include: globs; only these layers are quantized.
+        exclude: globs; these layers stay in float32.
+
+    Raises:
+        OptionError: if a width is no integer from 2 to 8.
+
+    Example:
+        >>> Widths(4, 4, pinned={"conv1": 8, "fc*": (8, None)}).of(["conv1", "layer1", "fc"])
+        {'conv1': (8, 8), 'layer1': (4, 4), 'fc': (8, None)}
+    """
+
+    weight_bits: int = 8
+    activation_bits: int | None = 8
+    pinned: Mapping[str, int | Option] = field(default_factory=dict)
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        _check((self.weight_bits, self.activation_bits), "")
+        for pattern, option in self.pinned.items():
+            _check(_as_option(option), f" for '{pattern}'")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise OptionError(f"{name} is a list of globs, not the text '{getattr(self, name)}'")
+
+    def of(self, names: Sequence[str]) -> dict[str, Option]:
+        """Widths of each layer; a later pin wins over an earlier one.
+
+        Args:
+            names: of the layers.
+
+        Returns:
+            `(weight bits, activation bits or None)` by name.
+
+        Raises:
+            OptionError: if a pin matches no layer.
+        """
+        options: dict[str, Option] = {name: (self.weight_bits, self.activation_bits) for name in names}
+        for pattern, option in self.pinned.items():
+            matching = [name for name in names if fnmatchcase(name, pattern)]
+            if not matching:
+                raise OptionError(f"pinned layer '{pattern}' is not among the layers that are quantized: {', '.join(names)}")
+            options |= {name: _as_option(option) for name in matching}
+        return options
+
+
+def _as_option(option: int | Option) -> Option:
+    return option if isinstance(option, tuple) else (option, option)
+
+
+def _check(option: Option, where: str) -> None:
+    for what, bits in (("weight_bits", option[0]), ("activation_bits", option[1])):
+        if bits is None and what == "activation_bits":
+            continue
+        try:
+            Grid(bits)  # type: ignore[arg-type]
+        except OptionError as error:
+            raise OptionError(f"{what}{where}: {error}") from None
