@@ -20,7 +20,7 @@ The ridge `lambda` pulls directions that the rows do not determine back to the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch import Tensor
 from subbyte.calibrate.moments import Moments, moments_of
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, quantized_inputs, relative_error
 from subbyte.calibrate.steps import activation_step, least_output_error, weight_step
+from subbyte.errors import OptionError
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 COLUMN_BLOCK = 64
@@ -38,26 +39,33 @@ class Lattice(Solver):
     """Closest lattice point by error feedback and coordinate descent.
 
     Args:
-        ridge: `lambda`, as a share of the mean of `diag H`.
+        ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose real weights do best on held-out rows is taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
         rounds: how often steps 3 and 4 alternate, at most.
         activation_rounds: how often step 5 is tried, at most.
+
+    Raises:
+        OptionError: if a value is outside its range.
 
     Source:
         Error feedback: GPTQ (Frantar et al. 2022, arXiv 2210.17323), which is Babai's nearest plane (Chen et al. 2025, arXiv 2507.18553).
         Coordinate descent: CDQuant (Nair, Suggala 2024, arXiv 2406.17542). The objective: AdaQuant (Hubara et al., arXiv 2006.10518).
 
     Example:
-        >>> Lattice(ridge=0.1).name
+        >>> Lattice(ridges=(0.1,)).name
         'Lattice'
     """
 
-    ridge: float = 0.01
+    ridges: tuple[float, ...] = (0.03, 0.3, 3.0)
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
     rounds: int = 4
     activation_rounds: int = 2
+
+    def __post_init__(self) -> None:
+        if not self.ridges or min(self.ridges) <= 0 or self.rounds < 1 or self.activation_rounds < 0:
+            raise OptionError(f"Lattice needs positive ridges, at least one round and no negative activation_rounds, not {self}")
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.
@@ -72,26 +80,27 @@ class Lattice(Solver):
             activation = activation_step(problem.fit.inputs, problem.weight, grid, self.activation_range, generator)
         best = self._solve_weights(problem, activation, start=None)
         error = relative_error(problem, best, problem.held_out)
-        for _ in range(self.activation_rounds if grid is not None and activation is not None else 0):
-            assert best.activation is not None and grid is not None
-            nearby = neighbours(best.activation, grid.highest)
-            fit = problem.fit
-            activation = least_output_error(fit.inputs, fit.targets, best.weight(), nearby, grid, generator)
-            if activation is nearby[0]:
-                break
-            trial = self._solve_weights(problem, activation, start=best)
-            trial_error = relative_error(problem, trial, problem.held_out)
+        for _ in range(self.activation_rounds if grid is not None else 0):
+            trial = self._with_better_activation(problem, best, generator)
+            trial_error = error if trial is best else relative_error(problem, trial, problem.held_out)
             if trial_error >= error:
                 break
             best, error = trial, trial_error
         return best
 
+    def _with_better_activation(self, problem: LayerProblem, best: LayerSolution, generator: torch.Generator) -> LayerSolution:
+        """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; `best` itself if nothing is better."""
+        assert best.activation is not None and problem.activation_grid is not None
+        activation, fit, weight = best.activation, problem.fit, best.weight()
+        for nearby in (nearby_steps, nearby_zero_points):
+            candidates = nearby(activation, problem.activation_grid.highest)
+            activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid, generator)
+        return best if activation is best.activation else self._solve_weights(problem, activation, start=best)
+
     def _solve_weights(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None, start: LayerSolution | None) -> LayerSolution:
         """Steps 1 to 4 for a fixed grid of the input, from scratch or from the codes of an earlier solution."""
-        inputs = quantized_inputs(problem.fit.inputs, activation, problem.activation_grid)
-        moments = moments_of(inputs, problem.fit.targets)
-        del inputs
-        hessian, optimum = least_squares(moments, problem.weight, self.ridge)
+        moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
+        hessian, optimum = self._least_squares(problem, moments, activation)
         diagonal = hessian.diagonal(dim1=1, dim2=2)
         grid = problem.weight_grid
         if start is None:
@@ -113,18 +122,42 @@ class Lattice(Solver):
         codes = (levels + zero[..., None]).to(torch.int16)
         return LayerSolution(codes, scale, zero, bias, activation, self.name)
 
+    def _least_squares(
+        self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """`H` and `w*` for the ridge whose real weights have the least error on held-out rows."""
+        inputs = quantized_inputs(problem.held_out.inputs, activation, problem.activation_grid)
+        best, least = None, torch.inf
+        for ridge in self.ridges:
+            hessian, optimum = least_squares(moments, problem.weight, ridge)
+            bias = moments.mean_y - (optimum @ moments.mean_x[..., None])[..., 0]
+            error = float((torch.baddbmm(bias.float()[:, None, :], inputs, optimum.float().mT) - problem.held_out.targets).square().sum())
+            if best is None or error < least:
+                best, least = (hessian, optimum), error
+        assert best is not None
+        return best
 
-def neighbours(activation: tuple[Tensor, Tensor], highest: int) -> list[tuple[Tensor, Tensor]]:
-    """Steps around a step, and zero-points around a zero-point that is not at an end; the given one first.
+
+def nearby_steps(activation: tuple[Tensor, Tensor], highest: int) -> list[tuple[Tensor, Tensor]]:
+    """A step and others around it, the given one first.
 
     Args:
         activation: `(s_x, z_x)`, float32 () and int32 ().
         highest: largest code of the input's grid.
     """
     scale, zero = activation
-    zeros = [zero, zero - 1, zero + 1] if 1 <= int(zero) < highest else [zero]
-    ratios = (1.0, 0.85, 0.9, 0.93, 0.96, 0.98, 1.02, 1.04, 1.07, 1.1, 1.15)
-    return [activation] + [(scale * ratio, z) for ratio in ratios for z in zeros][1:]
+    return [activation] + [(scale * ratio, zero) for ratio in (0.85, 0.9, 0.93, 0.96, 0.98, 1.02, 1.04, 1.07, 1.1, 1.15)]
+
+
+def nearby_zero_points(activation: tuple[Tensor, Tensor], highest: int) -> list[tuple[Tensor, Tensor]]:
+    """A zero-point and those beside it, the given one first; one at an end of the grid (an input without negative values) stays alone.
+
+    Args:
+        activation: `(s_x, z_x)`, float32 () and int32 ().
+        highest: largest code of the input's grid.
+    """
+    scale, zero = activation
+    return [activation, (scale, zero - 1), (scale, zero + 1)] if 0 < int(zero) < highest else [activation]
 
 
 def least_squares(moments: Moments, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -258,15 +291,3 @@ def closed_form_step(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Te
     above, below = (product * optimum).sum(dim=2), (product * levels).sum(dim=2)
     fitted = above / below.clamp(min=torch.finfo(below.dtype).tiny)
     return torch.where((below > 0) & (fitted > 0), fitted, scale)
-
-
-def with_bias_corrected(problem: LayerProblem, solution: LayerSolution) -> LayerSolution:
-    """The same codes and steps with the bias that makes the mean error on the fitted rows zero.
-
-    Args:
-        problem: the layer; tensors as its docstring says.
-        solution: any solution of it.
-    """
-    inputs = quantized_inputs(problem.fit.inputs, solution.activation, problem.activation_grid)
-    output = inputs.mean(dim=1, keepdim=True) @ solution.weight().mT
-    return replace(solution, bias=(problem.fit.targets.mean(dim=1, keepdim=True) - output)[:, 0])

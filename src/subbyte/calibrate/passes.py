@@ -117,9 +117,7 @@ def prepare(original: nn.Module, layers: Sequence[Layer], options: Mapping[str, 
     items = []
     for layer in layers:
         old = quantized.get_submodule(layer.name)
-        assert isinstance(old.weight, Tensor)
-        bias = old.bias if isinstance(old.bias, Tensor) else None
-        new = QuantizedLayer(layer.operator, old.weight, bias, layer.kind).eval()
+        new = QuantizedLayer(old, layer.operator)
         replace_module_(quantized, old, new)
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None else Grid(activation_bits)

@@ -10,6 +10,7 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import Range
 
 SEARCH_ROWS = 2048
+SEARCH_NUMBERS = 1 << 20
 SKETCH_OUTPUTS = 48
 
 
@@ -73,19 +74,19 @@ def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range,
     Returns:
         `(s_x, z_x)`, float32 () and int32 ().
     """
-    low, high = interval.candidates(inputs.reshape(1, -1))
+    low, high = interval.candidates(inputs.reshape(1, -1))  # of all rows: the search itself is content with some
     candidates = [scale_and_zero_point(low[k, 0], high[k, 0], grid) for k in range(len(low))]
-    return least_output_error(inputs, inputs @ weight.mT, weight, candidates, grid, generator)
+    return least_output_error(inputs, None, weight, candidates, grid, generator)
 
 
 def least_output_error(
-    inputs: Tensor, targets: Tensor, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid, generator: torch.Generator
+    inputs: Tensor, targets: Tensor | None, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The candidate with the least variance of `y - W q(x; s_x, z_x)` over some of the rows.
 
     Args:
         inputs: `x'`, float32 (G, R, n).
-        targets: `y`, float32 (G, R, O).
+        targets: `y`, float32 (G, R, O); None: `W x`.
         weight: `W` or its quantized counterpart, float32 (G, O, n).
         candidates: `(s_x, z_x)`, float32 () and int32 () each.
         grid: grid of the input.
@@ -96,13 +97,15 @@ def least_output_error(
     """
     if len(candidates) == 1:
         return candidates[0]
-    every = max(1, inputs.shape[1] // SEARCH_ROWS)
-    inputs, targets = inputs[:, ::every], targets[:, ::every]
+    groups, count, n = inputs.shape
+    every = -(-count // max(1, min(SEARCH_ROWS, SEARCH_NUMBERS // (groups * n))))
+    inputs = inputs[:, ::every].contiguous()
+    targets = inputs @ weight.mT if targets is None else targets[:, ::every]
     stacked = torch.cat([weight, targets.mT], dim=2)  # the same sketch for both
     stacked = sketched(stacked, generator)
-    weight, targets = stacked[..., : weight.shape[2]], stacked[..., weight.shape[2] :].mT
+    weight, targets = stacked[..., :n], stacked[..., n:].mT.contiguous()
     costs = []
     for scale, zero_point in candidates:
         error = torch.baddbmm(targets, fake_quantize(inputs, scale, zero_point, grid), weight.mT, alpha=-1)
-        costs.append(error.var(dim=1, correction=0).sum())
+        costs.append(error.square().sum() - error.sum(dim=1).square().sum() / error.shape[1])
     return candidates[int(torch.stack(costs).argmin())]

@@ -264,7 +264,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         operator = operator_of(module)
         if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[union-attr, arg-type]
             raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
-        quantized = QuantizedLayer(operator, module.weight, None, f"{type(module).__name__}({module.extra_repr()})")  # type: ignore[arg-type]
+        quantized = QuantizedLayer(module, operator)
         quantized.assign_(layer_state)
         replace_module_(model, module, quantized.to(device).eval())
     expected = _other_state(model, _quantized_layers(model))

@@ -41,19 +41,18 @@ class QuantizedLayer(nn.Module):
 
     The weight on the grid is kept beside the codes, so that a forward costs what the float layer's costs plus the input's rounding.
 
+    A model's own code may read a layer's settings (`self.conv.stride`): the float module's public attributes are taken over.
+
     Args:
-        operator: the layer's arithmetic.
-        weight: float32, the layer's weight.
-        bias: float32 (C_out,), or None.
-        kind: what the layer was, for example ``"Conv2d(3, 16, kernel_size=(3, 3))"``; only shown.
+        module: the float layer, with a weight and perhaps a bias.
+        operator: its arithmetic.
 
     Example:
-        >>> import torch
-        >>> from subbyte.errors import ModelError
-from subbyte.model.operators import Linear
-        >>> layer = QuantizedLayer(Linear(), torch.ones(1, 2), None, "Linear")
-        >>> layer.is_quantized, layer(torch.ones(1, 2))
-        (False, tensor([[2.]]))
+        >>> from subbyte.model.operators import operator_of
+        >>> linear = nn.Linear(2, 1)
+        >>> layer = QuantizedLayer(linear, operator_of(linear))
+        >>> layer.is_quantized, layer.in_features
+        (False, 2)
     """
 
     codes: Tensor | None
@@ -64,16 +63,21 @@ from subbyte.model.operators import Linear
     weight: Tensor
     bias: Tensor | None
 
-    def __init__(self, operator: Operator, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+    def __init__(self, module: nn.Module, operator: Operator) -> None:
         super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_") and name != "training":
+                setattr(self, name, value)
         self.operator = operator
-        self.kind = kind
+        self.kind = f"{type(module).__name__}({module.extra_repr()})"
         self.weight_grid: Grid | None = None
         self.activation_grid: Grid | None = None
-        self.register_buffer("weight", weight.detach(), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach())
+        assert isinstance(module.weight, Tensor)
+        self.register_buffer("weight", module.weight.detach(), persistent=False)
+        self.register_buffer("bias", module.bias.detach() if isinstance(module.bias, Tensor) else None)
         for name in ("codes", "scale", "zero_point", "activation_scale", "activation_zero_point"):
             self.register_buffer(name, None)
+        self.train(module.training)
 
     @property
     def is_quantized(self) -> bool:

@@ -58,10 +58,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """The nearest numbers on a per-tensor grid, `x^ = dequantize(quantize(x))`, in one fused pass over memory.
-
-    PyTorch multiplies by `1 / s` where `quantize` divides by `s`; the two may differ by one code where `x / s` lies within a rounding
-    error of a tie.
+    """The nearest numbers on a per-tensor grid, `x^ = dequantize(quantize(x))`, with one new tensor and no mask for a backward pass.
 
     Args:
         x: real numbers, float32, any shape.
@@ -70,16 +67,17 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
         grid: the codes that exist.
 
     Returns:
-        Numbers on the grid, the shape of `x`, float32. Gradients pass straight through inside the range.
+        Numbers on the grid, the shape of `x`, float32.
 
     Source:
-        ONNX QuantizeLinear followed by DequantizeLinear; `torch.fake_quantize_per_tensor_affine`.
+        ONNX QuantizeLinear followed by DequantizeLinear.
 
     Example:
         >>> fake_quantize(torch.tensor([-3.0, 0.26, 9.0]), torch.tensor(0.5), torch.tensor(2, dtype=torch.int32), Grid(3))
         tensor([-1.0000,  0.5000,  2.5000])
     """
-    return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, grid.lowest, grid.highest)
+    zero = zero_point.to(x.dtype)
+    return (x / scale).round_().clamp_(grid.lowest - zero, grid.highest - zero).mul_(scale)
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -26,20 +26,21 @@ BATCH_NORM_EPSILON = 1e-3
 
 
 class _ConvNorm(nn.Module):
-    """relu6(bn(conv(x))), with TensorFlow's padding."""
+    """A convolution and its batch norm; `MobileNetV1.forward` runs them."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, *, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
-        padding = kernel // 2 if stride == 1 else 0  # with a stride, forward pads by the size of the input
+        padding = kernel // 2 if stride == 1 else 0  # with a stride, the network pads by the size of the input
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPSILON)
 
-    def forward(self, x: Tensor) -> Tensor:
-        stride = self.conv.stride[0]
-        if stride > 1:
-            kernel = self.conv.kernel_size[0]
-            x = F.pad(x, _same_padding(x.shape[-1], kernel, stride) + _same_padding(x.shape[-2], kernel, stride))
-        return F.relu6(self.bn(self.conv(x)))
+
+def _padded(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """TensorFlow's 'same' padding of (batch, channels, height, width) for a convolution with a stride."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    if stride == 1:
+        return x
+    return F.pad(x, _same_padding(x.shape[-1], kernel, stride) + _same_padding(x.shape[-2], kernel, stride))
 
 
 def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
@@ -48,14 +49,12 @@ def _same_padding(length: int, kernel: int, stride: int) -> tuple[int, int]:
 
 
 class _SeparableBlock(nn.Module):
+    """A depthwise and a pointwise convolution; `MobileNetV1.forward` runs them."""
+
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.depthwise = _ConvNorm(in_channels, in_channels, 3, stride=stride, groups=in_channels)
         self.pointwise = _ConvNorm(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.pointwise(self.depthwise(x))
-        return out
 
 
 class MobileNetV1(nn.Module):
@@ -84,16 +83,20 @@ class MobileNetV1(nn.Module):
         super().__init__()
         stem, *channels = (max(8, int(count * width)) for count in (STEM_CHANNELS, *BLOCK_CHANNELS))
         self.stem = _ConvNorm(3, stem, 3, stride=2)
-        self.blocks = nn.Sequential(
-            *(
+        self.blocks = nn.ModuleList(
+            [
                 _SeparableBlock(in_channels, out_channels, stride=2 if index in HALVING_BLOCKS else 1)
                 for index, (in_channels, out_channels) in enumerate(zip([stem, *channels], channels, strict=False))
-            )
+            ]
         )
         self.classifier = nn.Linear(channels[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, float32 (batch, classes), of pictures, float32 (batch, 3, height, width), RGB in -1..1."""
-        x = self.blocks(self.stem(x))
+        layers = [self.stem, *(layer for block in self.blocks for layer in (block.depthwise, block.pointwise))]
+        for layer in layers:  # in one frame, with one name for what flows, so that no caller keeps a layer's input alive
+            x = _padded(x, layer.conv)
+            x = layer.conv(x)
+            x = F.relu6(layer.bn(x))
         logits: Tensor = self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return logits

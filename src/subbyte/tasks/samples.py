@@ -1,7 +1,9 @@
 """What the command line reads: samples from a folder of images or a file of arrays, and their labels.
 
 Samples and labels stay aligned without either knowing the other: images come in the order of `file_order`, and a table of labels with a
-column ``file`` is sorted the same way.
+column ``file`` is sorted the same way. A limit takes samples from all over that order, because sets are often sorted by class:
+
+    chosen_i = floor(i count / limit),      i = 0 .. limit - 1
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def load_samples(
     Args:
         path: folder of .jpg, .jpeg, .png, .bmp or .webp images, or a .npy, .npz or .safetensors file.
         preprocessing: None for pictures means RGB, or as many channels as the array has, in 0..1.
-        limit: take the first so many samples only.
+        limit: take so many samples only, evenly spaced; None, or as many as there are and more, takes all.
         key: name of the array in a .npz or .safetensors file; needed if it holds several and none is called ``x``.
 
     Returns:
@@ -51,28 +53,30 @@ def load_samples(
         subbyte.errors.DataError: 'absent.npy' does not exist
     """
     path = Path(path)
-    if limit is not None and limit < 1:
-        raise OptionError(f"limit must be at least 1, not {limit}")
     if path.is_dir():
         if key is not None:
             raise OptionError(f"'{path}' is a folder of images, which have no key; leave out '{key}'")
         preprocessing = preprocessing or Preprocessing()
-        files = image_files(path)[:limit]
+        files = image_files(path)
+        files = [files[index] for index in _evenly_spaced(len(files), limit).tolist()]
         return preprocessing.apply(read_images(files, len(preprocessing.mean), preprocessing.height_and_width))
     _check_suffix(path, f"a folder of images ({', '.join(IMAGE_SUFFIXES)})", *ARRAY_SUFFIXES)
-    array = read_array(path, key, preferred="x")[:limit]
+    array = read_array(path, key, preferred="x")
+    if limit is not None:
+        array = array[_evenly_spaced(len(array), limit)]
     if array.dtype == torch.uint8:
         return _prepare_pictures(path, array, preprocessing)
     return array if preprocessing is None else _prepare_numbers(path, array, preprocessing)
 
 
-def load_labels(path: str | Path, key: str | None = None) -> Tensor:
-    """Read class indices, in the order in which `load_samples` gives the samples.
+def load_labels(path: str | Path, key: str | None = None, *, limit: int | None = None) -> Tensor:
+    """Read class indices, those and in that order in which `load_samples` gives the samples with the same limit.
 
     Args:
         path: .npy, .npz or .safetensors file of integers (samples,), or a .csv file whose first row names the columns. A column ``file``,
             path of an image within its folder, sorts the rows by `file_order`; without it they stay in the order of the file.
         key: name of the array, needed if a file holds several and none is called ``y``; or of the column, otherwise ``label``.
+        limit: take so many labels only, evenly spaced like the samples.
 
     Returns:
         int64 (samples,), 0 or above.
@@ -80,6 +84,7 @@ def load_labels(path: str | Path, key: str | None = None) -> Tensor:
     Raises:
         DataError: if the file is missing, of an unknown kind, empty or damaged; if labels are not integers of 0 or above, one a sample; if
             a column is missing or names a file twice.
+        OptionError: if `limit` is not positive.
 
     Example:
         >>> load_labels("absent.csv")
@@ -93,7 +98,15 @@ def load_labels(path: str | Path, key: str | None = None) -> Tensor:
         raise DataError(f"'{path}' holds {labels.dtype} {tuple(labels.shape)}; labels are integers, one a sample")
     if labels.min() < 0:
         raise DataError(f"'{path}' holds the label {int(labels.min())}; labels are class indices from 0")
-    return labels.long()
+    return labels.long()[_evenly_spaced(len(labels), limit)]
+
+
+def _evenly_spaced(count: int, limit: int | None) -> Tensor:
+    if limit is not None and limit < 1:
+        raise OptionError(f"limit must be at least 1, not {limit}")
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.arange(limit) * count // limit
 
 
 def _prepare_pictures(path: Path, array: Tensor, preprocessing: Preprocessing | None) -> Tensor:

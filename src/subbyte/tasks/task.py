@@ -47,15 +47,17 @@ class Task:
         calibration: float32 (samples, channels, height, width), ready for the model.
         test_inputs: what `preprocess` takes, such as uint8 (samples, height, width, channels), a quarter of the bytes of float32; or what
             the model takes itself.
-        test_labels: int64 (samples,), class indices.
+        test_labels: int64 (samples,), class indices, perhaps sorted by class: to score on fewer, take every n-th sample, not the first
+            ones.
         first_and_last: qualified names of the first and the last layer with weights, which low-bit methods keep at 8 bits.
         preprocess: turns a batch of `test_inputs` into what the model takes, on the same device; None if they are that already.
         batch_size: samples a forward pass when scoring.
 
     Example:
-        >>> task = digits(samples=32)
-        >>> task.calibration.shape, task.score(task.model) >= 98
-        (torch.Size([32, 1, 8, 8]), True)
+        >>> samples, labels = torch.eye(4), torch.tensor([0, 1, 2, 0])
+        >>> task = Task("mine", nn.Identity().eval(), samples, samples, labels, first_and_last=("first", "last"))
+        >>> task.score(task.model)
+        75.0
     """
 
     name: str
@@ -80,9 +82,9 @@ class Task:
             ModelError: if the model is in training mode.
 
         Example:
-            >>> resnet20(data=Path("absent")).score(CifarResNet(20).eval())
-            Traceback (most recent call last):
-            subbyte.errors.DataError: 'absent/cifar10/resnet20.safetensors' does not exist...
+            >>> task = Task("mine", nn.Identity(), torch.eye(2), torch.eye(2), torch.tensor([0, 1]), ("first", "last"))
+            >>> task.score(nn.Softmax(-1).eval())
+            100.0
         """
         return top1(model, self.test_inputs, self.test_labels, batch_size=self.batch_size, preprocess=self.preprocess)
 
