@@ -14,7 +14,6 @@ import torch
 
 import subbyte
 from subbyte.model.batches import tensors
-from subbyte.run.terminal import progress
 from subbyte.tasks.task import Task, digits
 
 __all__ = ["main"]
@@ -61,11 +60,8 @@ def quantized(task: Task, bits: int, recipe: subbyte.Recipe) -> subbyte.Result:
         bits: of weights and inputs.
         recipe: how.
     """
-    pinned = dict.fromkeys(task.first_and_last, 8)
-    with progress() as observer:
-        return subbyte.quantize(
-            task.model, task.calibration, widths=subbyte.Widths(bits, bits, pinned=pinned), recipe=recipe, observer=observer
-        )
+    widths = subbyte.Widths(bits, bits, pinned=dict.fromkeys(task.first_and_last, 8))
+    return subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe)
 
 
 def write_and_load_back(task: Task, result: subbyte.Result, folder: Path) -> None:

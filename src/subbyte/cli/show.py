@@ -1,0 +1,181 @@
+"""What commands print on stdout: columns for people, one JSON object for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from subbyte import Result
+from subbyte.cli.evaluation import Evaluation
+from subbyte.model.fold import Fold
+from subbyte.model.layers import Layer, Survey
+from subbyte.result import still_float
+
+__all__ = ["as_json", "evaluation_text", "result_data", "survey_data", "survey_text"]
+
+
+def as_json(data: Mapping[str, Any]) -> str:
+    """One JSON object in one line; numbers that JSON does not know become null.
+
+    Args:
+        data: what `dataclasses.asdict` and the functions here give.
+
+    Example:
+        >>> as_json({"error": math.inf, "shape": (1, 2)})
+        '{"error": null, "shape": [1, 2]}'
+    """
+    return json.dumps(_plain(data), allow_nan=False)
+
+
+def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
+    """A run as data: the receipt and everything that was chosen.
+
+    Args:
+        result: of the run.
+        out: where the packed file is.
+        size_bytes: of the packed file.
+    """
+    recipe = result.recipe
+    return {
+        "out": str(out),
+        "size_bytes": size_bytes,
+        "float_bytes": result.float_bytes,
+        "layers": [asdict(layer) for layer in result.layers],
+        "left_out": [asdict(left) for left in result.left_out],
+        "folds": [asdict(fold) for fold in result.folds],
+        "measured": asdict(result.measured),
+        "warnings": list(result.warnings),
+        "widths": asdict(result.widths),
+        "recipe": {
+            "solver": recipe.solver.name,
+            "flavour": recipe.flavour.value,
+            "symmetric_weights": recipe.symmetric_weights,
+            "fold_batch_norms": recipe.fold_batch_norms,
+        },
+        "seed": result.seed,
+        "seconds": result.seconds,
+    }
+
+
+def survey_data(found: Survey, folds: Sequence[Fold]) -> dict[str, Any]:
+    """A model's layers as data, in running order.
+
+    Args:
+        found: the layers.
+        folds: batch norms that will be folded.
+    """
+    return {
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": layer.kind,
+                "input_shape": layer.input_shape,
+                "weight_shape": layer.weight_shape,
+                "weights": layer.weight_count,
+                "macs": layer.macs,
+                "calls": layer.calls,
+                "other_names": layer.other_names,
+                "tied_with": layer.tied_with,
+            }
+            for layer in found.layers
+        ],
+        "left_out": [asdict(left) for left in still_float(found, folds)],
+        "folds": [asdict(fold) for fold in folds],
+        "weights": sum(layer.weight_count for layer in found.layers),
+        "macs": sum(layer.macs for layer in found.layers),
+    }
+
+
+def survey_text(found: Survey, folds: Sequence[Fold]) -> str:
+    """A model's layers in columns, in running order, and what is left out and why.
+
+    Args:
+        found: the layers.
+        folds: batch norms that will be folded.
+    """
+    rows = [("layer", "input", "weight", "weights", "MACs", "calls", "kind")]
+    rows += [
+        (
+            layer.name,
+            _shape(layer.input_shape),
+            _shape(layer.weight_shape),
+            f"{layer.weight_count:,}",
+            f"{layer.macs:,}",
+            str(layer.calls),
+            _kind(layer),
+        )
+        for layer in found.layers
+    ]
+    weights, macs = sum(layer.weight_count for layer in found.layers), sum(layer.macs for layer in found.layers)
+    rows.append((f"{len(found.layers)} layers", "", "", f"{weights:,}", f"{macs:,}", "", ""))
+    lines = _columns(rows, right=(3, 4, 5))
+    lines.append("MACs: multiply-accumulate operations for one sample")
+    left_out = still_float(found, folds)
+    if left_out:
+        lines.append("stays in float32:")
+        lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in left_out]
+    if folds:
+        lines.append(f"batch norms that will be folded: {', '.join(f'{fold.batch_norm} into {fold.layer}' for fold in folds)}")
+    return "\n".join(lines)
+
+
+def evaluation_text(measured: Evaluation) -> str:
+    """An evaluation in columns.
+
+    Args:
+        measured: what to show.
+
+    Example:
+        >>> print(evaluation_text(Evaluation(500, 4000, 99.0, 500, 98.8, 99.4, 0.0123)))
+                   top-1 %  agreement %      KL  bytes
+        float        99.00                       4,000
+        quantized    98.80        99.40  0.0123    500
+        500 samples; the packed file is 8.00 times smaller
+    """
+
+    def number(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = [("", "top-1 %", "agreement %", "KL", "bytes")]
+    rows.append(("float", number(measured.float_top1, ".2f"), "", "", f"{measured.float_bytes:,}"))
+    last = f"{measured.samples} samples"
+    if measured.packed_bytes is not None:
+        figures = number(measured.packed_top1, ".2f"), number(measured.agreement, ".2f"), number(measured.kl, ".4f")
+        rows.append(("quantized", *figures, f"{measured.packed_bytes:,}"))
+        last += f"; the packed file is {measured.float_bytes / measured.packed_bytes:.2f} times smaller"
+    return "\n".join([*_columns(rows, right=(1, 2, 3, 4)), last])
+
+
+def _columns(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            f"{cell:>{width}}" if column in right else f"{cell:{width}}"
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _shape(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
+
+
+def _kind(layer: Layer) -> str:
+    notes = [f"also {', '.join(layer.other_names)}"] if layer.other_names else []
+    notes += [f"shares its weight with {', '.join(layer.tied_with)}"] if layer.tied_with else []
+    return "; ".join([layer.kind, *notes])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
