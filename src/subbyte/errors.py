@@ -1,11 +1,11 @@
 """The one family of errors: every error that subbyte raises on purpose is a `SubbyteError` and says what to do about it.
 
-    SubbyteError
-      OptionError       an argument or command-line option that cannot be served
-      ModelError        a model that cannot be quantized as it is
-        LayerError      ... because of one layer, which `layer` names
-      DataError         calibration data that the model or the method cannot use
-      FileError         a file that cannot be read, is damaged, or cannot be written
+SubbyteError
+  OptionError       an argument or command-line option that cannot be served
+  ModelError        a model that cannot be quantized as it is
+    LayerError      ... because of one layer, which `layer` names
+  DataError         calibration data that the model or the method cannot use
+  FileError         a file that cannot be read, is damaged, or cannot be written
 """
 
 from __future__ import annotations

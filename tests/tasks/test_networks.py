@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from subbyte.errors import OptionError
 from subbyte.tasks import CifarResNet, DigitsNet, MobileNetV1, SqueezeNet11
-from subbyte.tasks.mobilenet_v1 import _same_padding
+from subbyte.tasks.mobilenet_v1 import _padded, _same_padding
 
 
 @pytest.mark.parametrize(
@@ -62,12 +62,12 @@ def test_same_padding_with_stride_two_goes_below_and_right(length: int, padding:
     assert _same_padding(length, kernel=3, stride=2) == padding
 
 
-def test_mobilenet_pads_the_end_of_an_even_side() -> None:
-    stem = MobileNetV1(width=0.25).stem.eval()
-    nn.init.ones_(stem.conv.weight)
-    corners: Tensor = stem(torch.ones(1, 3, 4, 4))[0, 0]
-    assert corners.argmax() == 0  # nothing is padded above and to the left, so that the first output sees all nine pixels
-    assert corners[0, 0] > corners[0, 1] > corners[1, 1]
+def test_mobilenet_pads_the_end_of_an_even_side_and_only_before_a_stride() -> None:
+    network = MobileNetV1(width=0.25)
+    x = torch.rand(1, 3, 4, 6)
+    assert torch.equal(_padded(x, network.stem.conv), nn.functional.pad(x, (0, 1, 0, 1)))
+    without_stride = next(conv for conv in network.modules() if isinstance(conv, nn.Conv2d) and conv.stride == (1, 1))
+    assert _padded(x, without_stride) is x
 
 
 @pytest.mark.parametrize("depth", [0, 2, 18, 21])

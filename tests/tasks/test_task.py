@@ -10,7 +10,7 @@ import torch
 
 from subbyte import tasks
 from subbyte.errors import DataError, OptionError
-from subbyte.tasks import TASKS, Task, default_data_root, digits, resnet20, top1
+from subbyte.tasks import TASKS, Task, default_data_root, digits, resnet20
 
 DATA = default_data_root()
 needs_data = pytest.mark.skipif(
@@ -18,8 +18,9 @@ needs_data = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def digits_task() -> Task:
+@pytest.fixture
+def digits_task(trained_digits_net: tasks.DigitsNet, monkeypatch: pytest.MonkeyPatch) -> Task:
+    monkeypatch.setattr("subbyte.tasks.task.train_digits_net", lambda seed: {0: trained_digits_net}[seed])
     return digits(samples=64, seed=3)
 
 
@@ -38,8 +39,7 @@ def test_digits_task_scores_its_own_network(digits_task: Task) -> None:
         digits_task.name = "other"  # type: ignore[misc]
 
 
-def test_the_seed_chooses_the_calibration_samples(digits_task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subbyte.tasks.task.train_digits_net", lambda seed: tasks.DigitsNet().eval())
+def test_the_seed_chooses_the_calibration_samples(digits_task: Task) -> None:
     assert torch.equal(digits(samples=64, seed=3).calibration, digits_task.calibration)
     assert not torch.equal(digits(samples=64, seed=4).calibration, digits_task.calibration)
     assert torch.equal(digits(samples=64, seed=4).test_inputs, digits_task.test_inputs)
@@ -81,8 +81,10 @@ def test_resnet20_reproduces_its_float_figure() -> None:
     task = resnet20(samples=5, seed=1)
     assert task.calibration.shape == (5, 3, 32, 32)
     assert task.test_inputs.dtype == torch.uint8
-    # measured with benchmarks/float_reference.py's code on the first 2,000 pictures; on all 10,000 it gives the published 91.73
-    assert top1(task.model, task.test_inputs[:2000], task.test_labels[:2000], preprocess=task.preprocess) == pytest.approx(0, abs=0.051)
+    # Every fifth picture, because the set is sorted by class. 92.30 is what this network measured on these 2,000 (torch 2.13, CPU) when it
+    # measured the published 91.73 on all 10,000; one picture, 0.05 points, may fall the other way on another machine.
+    fifth = dataclasses.replace(task, test_inputs=task.test_inputs[::5], test_labels=task.test_labels[::5])
+    assert fifth.score(task.model) == pytest.approx(92.30, abs=0.051)
 
 
 @needs_data

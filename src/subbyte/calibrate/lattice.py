@@ -89,7 +89,7 @@ class Lattice(Solver):
         return best
 
     def _with_better_activation(self, problem: LayerProblem, best: LayerSolution, generator: torch.Generator) -> LayerSolution:
-        """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; `best` itself if nothing is better."""
+        """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; or `best` itself."""
         assert best.activation is not None and problem.activation_grid is not None
         activation, fit, weight = best.activation, problem.fit, best.weight()
         for nearby in (nearby_steps, nearby_zero_points):
@@ -122,9 +122,7 @@ class Lattice(Solver):
         codes = (levels + zero[..., None]).to(torch.int16)
         return LayerSolution(codes, scale, zero, bias, activation, self.name)
 
-    def _least_squares(
-        self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
+    def _least_squares(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`H` and `w*` for the ridge whose real weights have the least error on held-out rows."""
         inputs = quantized_inputs(problem.held_out.inputs, activation, problem.activation_grid)
         best, least = None, torch.inf
@@ -174,7 +172,8 @@ def least_squares(moments: Moments, weight: Tensor, ridge: float) -> tuple[Tenso
     hessian = moments.xx / moments.count
     mean_diagonal = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
     floor = mean_diagonal.mean().clamp(min=1e-30)
-    damping = ridge * torch.where(mean_diagonal > 1e-6 * floor, mean_diagonal, floor)[:, None]  # a group without any input keeps its weights
+    # a group without any input keeps its weights
+    damping = ridge * torch.where(mean_diagonal > 1e-6 * floor, mean_diagonal, floor)[:, None]
     hessian = hessian + torch.diag_embed(damping.expand(-1, hessian.shape[1]))
     right = moments.xy / moments.count + damping[..., None] * weight.mT.double()
     optimum = torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).mT
@@ -223,9 +222,7 @@ def error_feedback(optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor,
     return levels.permute(1, 2, 0).gather(2, back[:, None, :].expand(-1, outputs, -1))
 
 
-def coordinate_descent(
-    levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor
-) -> tuple[Tensor, float]:
+def coordinate_descent(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, float]:
     """Lower `(w* - s v)^T H (w* - s v)` by single codes: in every output channel the best move of all, until none lowers it.
 
     Moving code `j` by `t` steps changes the objective by `t^2 s^2 H_jj - 2 t s g_j` with `g = H (w* - s v)`; the best whole `t` inside the

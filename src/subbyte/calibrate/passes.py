@@ -221,7 +221,7 @@ def _pass(
     with Lockstep(forwards, list(by_name)) as lockstep:
         for stop in lockstep:
             if stop.layer in found:
-                raise LayerError(stop.layer, "is called more often on later batches than on the first; calibrate it in the parallel flavour")
+                raise LayerError(stop.layer, "is called more often on later batches than on the first; use Flavour.PARALLEL")
             samples[stop.layer].append(_sample(by_name[stop.layer], stop, data, method.sampling, flavour))
             if len(samples[stop.layer]) == by_name[stop.layer].layer.calls:
                 solve(stop.layer)

@@ -58,7 +58,8 @@ def sketched(weight: Tensor, generator: torch.Generator) -> Tensor:
     if outputs <= SKETCH_OUTPUTS:
         return weight
     signs = torch.randint(0, 2, (SKETCH_OUTPUTS, outputs), generator=generator).to(weight) * 2 - 1
-    return (signs / SKETCH_OUTPUTS**0.5) @ weight
+    sketch: Tensor = (signs / SKETCH_OUTPUTS**0.5) @ weight
+    return sketch
 
 
 def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,7 @@ class Measured:
     held_out_samples: int
 
 
-def guard_whole_(
-    models: Models, judged: Mapping[str, Judged], data: CalibrationSet, loss: OutputLoss, observer: Observer
-) -> Measured:
+def guard_whole_(models: Models, judged: Mapping[str, Judged], data: CalibrationSet, loss: OutputLoss, observer: Observer) -> Measured:
     """Measure the calibrated model and the plainly rounded one, and leave the better one in `models.quantized`.
 
     Args:

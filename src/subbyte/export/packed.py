@@ -9,8 +9,8 @@ All quantized layers together make a handful of tensors, so that a small network
     subbyte.activation_scale       F32  s_x, of layers with a quantized input
     subbyte.activation_zero_point  U8   z_x, likewise
 
-followed by whatever else the model's state holds, under its own names. The header's metadata entry ``subbyte`` is JSON: the layers and their
-grids, the folded batch norms, the fingerprint of the source model's structure, the library's version and a checksum. Loading executes
+followed by whatever else the model's state holds, under its own names. The header's metadata entry ``subbyte`` is a checksum and JSON: the
+layers and their grids, the folded batch norms, the fingerprint of the source model's structure and the library's version. Loading executes
 nothing from the file.
 """
 
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from subbyte.errors import FileError, ModelError, SubbyteError
 from subbyte.export.bits import pack, packed_size, unpack
 from subbyte.model.fold import Fold
-from subbyte.model.operators import operator_of
+from subbyte.model.operators import Convolution, operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import replace_module_
 from subbyte.quantizers.grid import Grid
@@ -44,6 +44,7 @@ from subbyte.quantizers.grid import Grid
 FORMAT_VERSION = 1
 PREFIX = "subbyte."
 SIZE_DIGITS = 15
+CHECKSUM_DIGITS = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class PackedModel:
 
     Args:
         tensors: by name, any dtype and shape.
-        metadata: the JSON of the header.
+        metadata: the description in the header.
     """
 
     tensors: Mapping[str, Tensor]
@@ -110,7 +111,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "weight_bits": [state.weight_grid.bits for state in states.values()],
         "weight_symmetric": [int(state.weight_grid.symmetric) for state in states.values()],
         "activation_bits": [state.activation[2].bits if state.activation else 0 for state in states.values()],
-        "checksum": _checksum(packed),
+        "transposed": [int(isinstance(layer.operator, Convolution) and layer.operator.transposed) for layer in layers.values()],
     }
     return PackedModel(packed, metadata)
 
@@ -123,8 +124,8 @@ def to_bytes(packed: PackedModel) -> bytes:
     """
     text = json.dumps(packed.metadata, separators=(",", ":"), ensure_ascii=False)
     digits = len(str(packed.tensors[PREFIX + "codes"].numel()))
-    padding = " " * (2 * (SIZE_DIGITS - digits))  # the number of code bytes stands twice in the header: shape and last offset
-    return serialize(dict(packed.tensors), {"subbyte": text + padding})
+    text += " " * (2 * (SIZE_DIGITS - digits))  # the number of code bytes stands twice in the header: shape and last offset
+    return serialize(dict(packed.tensors), {"subbyte": _checksum(text, packed.tensors) + text})
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:
@@ -151,7 +152,8 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         os.replace(temporary, path)
         temporary = ""
     except OSError as error:
-        raise FileError(f"cannot write '{path}': {error.strerror or error}; choose a path in a folder that exists and can be written") from error
+        reason = error.strerror or error
+        raise FileError(f"cannot write '{path}': {reason}; choose a path in a folder that exists and can be written") from error
     finally:
         if temporary:
             os.unlink(temporary)
@@ -208,9 +210,11 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
     if text is None:
         raise FileError(f"'{path}' is a safetensors file, but not one that subbyte packed")
     try:
-        metadata = json.loads(text)
+        metadata = json.loads(text[CHECKSUM_DIGITS:])
         found = int(metadata["format_version"])
         if found <= FORMAT_VERSION:
+            if text[:CHECKSUM_DIGITS] != _checksum(text[CHECKSUM_DIGITS:], tensors):
+                raise ValueError("its checksum does not match its content")
             _check_packed(tensors, metadata)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise FileError(f"'{path}' is damaged: {error!r}; fetch or save it again") from error
@@ -221,8 +225,6 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
 
 def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Every length and range that the builder relies on; raises ValueError, KeyError or TypeError."""
-    if metadata["checksum"] != _checksum(tensors):
-        raise ValueError("its checksum does not match its content")
     columns = [metadata[key] for key in ("names", "shapes", "channels", "weight_bits", "weight_symmetric", "activation_bits")]
     code_bytes = channels = affine = inputs = 0
     for _name, shape, outputs, bits, symmetric, activation_bits in zip(*columns, strict=True):
@@ -262,7 +264,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     for name, layer_state in _layer_states(packed):
         module = model.get_submodule(name)
         operator = operator_of(module)
-        if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[union-attr, arg-type]
+        if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[arg-type]
             raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
         quantized = QuantizedLayer(module, operator)
         quantized.assign_(layer_state)
@@ -320,9 +322,9 @@ def _other_state(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside}
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """BLAKE2b-128 over names and bytes of all tensors in the order of their names."""
-    digest = hashlib.blake2b(digest_size=16)
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """BLAKE2b-128 over the description, then names and bytes of all tensors in the order of their names."""
+    digest = hashlib.blake2b(text.encode(), digest_size=CHECKSUM_DIGITS // 2)
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())

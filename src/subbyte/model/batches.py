@@ -1,4 +1,4 @@
-"""Batches: what a model is called with. Tensors, tuples (positional arguments) or mappings (keyword arguments), samples along dimension 0."""
+"""Batches, what a model is called with: tensors, tuples (positional arguments) or mappings (keyword arguments), samples along dimension 0."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
         [32, 32, 6]
     """
     if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
-        raise DataError(f"calibration data is a tensor or an iterable of batches, not {type(data).__name__}; put a single batch into a list")
+        kind = type(data).__name__
+        raise DataError(f"calibration data is a tensor or an iterable of batches, not {kind}; put a single batch into a list")
     batches = tuple(data.split(DEFAULT_BATCH_SIZE)) if isinstance(data, Tensor) and data.dim() else tuple(data)
     batches = tuple(batch for batch in batches if not (isinstance(batch, Tensor) and batch.numel() == 0))
     if not batches:

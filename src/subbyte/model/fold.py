@@ -104,7 +104,7 @@ class _Undo:
 
     def back_(self, model: nn.Module) -> None:
         self.layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        self.layer.bias = None if self.bias is None else nn.Parameter(self.bias, requires_grad=False)
+        self.layer.register_parameter("bias", None if self.bias is None else nn.Parameter(self.bias, requires_grad=False))
         replace_module_(model, self.identity, self.batch_norm)
 
 

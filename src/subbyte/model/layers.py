@@ -136,27 +136,19 @@ def survey(
         ('0', 6)
     """
     candidates = {name: (module, operator) for name, module in model.named_modules() if (operator := operator_of(module))}
-    for pattern in (*include, *exclude):
+    for pattern in (*include, *exclude) if candidates else ():
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise OptionError(f"no layer matches '{pattern}'; the layers are {', '.join(candidates) or 'none'}")
-    modules = {name: module for name, (module, _) in candidates.items()}
-    calls = _record_calls(model, batches[0], modules)
-    order, inputs = list(calls.inputs), dict(calls.inputs)
-    for batch in batches[1:]:
-        if len(order) == len(candidates):
-            break
-        later = _record_calls(model, batch, modules).inputs
-        order = _merged_order(order, list(later))
-        inputs = later | inputs
+    calls = _observe(model, batches, {name: module for name, (module, _) in candidates.items()})
     layers, left_out = [], []
-    for name in [*order, *(name for name in candidates if name not in inputs)]:
+    for name in [*calls.inputs, *(name for name in candidates if name not in calls.inputs)]:
         module, operator = candidates[name]
-        if name not in inputs:
+        if name not in calls.inputs:
             left_out.append(_left_out(name, module, "never called in a forward"))
         elif not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, pattern) for pattern in exclude):
             left_out.append(_left_out(name, module, "excluded by the user"))
         else:
-            layers.append(_layer(name, module, operator, inputs[name], model))
+            layers.append(_layer(name, module, operator, calls.inputs[name], model))
     for name, module in model.named_modules():
         if name not in candidates and any(True for _ in module.parameters(recurse=False)):
             left_out.append(_left_out(name, module, _why_not(module)))
@@ -172,6 +164,19 @@ def survey(
 class _Calls:
     inputs: dict[str, list[Tensor]]
     output: object
+
+
+def _observe(model: nn.Module, batches: Sequence[Batch], modules: dict[str, nn.Module]) -> _Calls:
+    """Calls in the first batch, and of layers that it skips in the first batch that does not; the output of the first batch."""
+    first = _record_calls(model, batches[0], modules)
+    order, inputs = list(first.inputs), dict(first.inputs)
+    for batch in batches[1:]:
+        if len(order) == len(modules):
+            break
+        later = _record_calls(model, batch, modules).inputs
+        order = _merged_order(order, list(later))
+        inputs = later | inputs
+    return _Calls({name: inputs[name] for name in order}, first.output)
 
 
 def _record_calls(model: nn.Module, batch: Batch, modules: dict[str, nn.Module]) -> _Calls:

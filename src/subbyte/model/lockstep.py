@@ -1,9 +1,10 @@
 """Lockstep forwards: run a model on every batch at once, pausing at every layer until all batches have arrived there.
 
-Each forward runs in a thread of its own and stops in a pre-hook in front of every layer. Only one thread runs at a time: the caller passes a
-baton, so that memory holds what is alive at one layer and the order is the same every time. When every forward has stopped, the one that
-stands at the earliest layer decides where the stop is; those that stand there are handed to the caller, who may look at their inputs and
-change the layer, and then go on. So one pass over the calibration set serves all layers, and later layers see what earlier layers have become.
+Each forward runs in a thread of its own and stops in a pre-hook in front of every layer. Only one thread runs at a time: the caller
+passes a baton, so that memory holds what is alive at one layer and the order is the same every time. When every forward has stopped, the
+one that stands at the earliest layer decides where the stop is; those that stand there are handed to the caller, who may look at their
+inputs and change the layer, and then go on. So one pass over the calibration set serves all layers, and later layers see what earlier
+layers have become.
 
 * A layer that is called twice in a forward makes two stops.
 * A layer that some batches skip makes a stop with only the others.

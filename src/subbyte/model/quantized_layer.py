@@ -1,6 +1,6 @@
 """The one stateful module: a layer that computes with quantized weights and inputs.
 
-    y = operator(q(x; s_x, z_x), s_w (Q - z_w), b)
+y = operator(q(x; s_x, z_x), s_w (Q - z_w), b)
 """
 
 from __future__ import annotations

@@ -80,6 +80,42 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
     return (x / scale).round_().clamp_(grid.lowest - zero, grid.highest - zero).mul_(scale)
 
 
+def soft_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """`x^ = s (clip(round(x / s) + z, lowest, highest) - z)` with gradients for `x`, `s` and `z`: rounding is taken as the identity.
+
+    The gradient for the step is LSQ's: `round(x / s) - x / s` inside the range, the distance of the range's end from `z` outside.
+
+    Args:
+        x: real numbers, float, any shape.
+        scale: step `s > 0`, float, broadcastable to `x`.
+        zero_point: `z`, float, broadcastable to `x`; is rounded to an integer, straight through.
+        grid: the codes that exist.
+
+    Returns:
+        Numbers on the grid, the shape and dtype of `x`.
+
+    Source:
+        Straight-through estimator: Bengio et al. 2013 (arXiv 1308.3432); steps: LSQ (Esser et al. 2020, arXiv 1902.08153), eq. 3.
+
+    Example:
+        >>> step = torch.tensor(0.5, requires_grad=True)
+        >>> soft_quantize(torch.tensor([0.7]), step, torch.tensor(0.0), Grid(2)).sum().backward()
+        >>> round(step.grad.item(), 6)
+        -0.4
+    """
+    zero = straight_through_round(zero_point)
+    return ((straight_through_round(x / scale) + zero).clamp(grid.lowest, grid.highest) - zero) * scale
+
+
+def straight_through_round(x: Tensor) -> Tensor:
+    """`round(x)` whose gradient is that of `x`.
+
+    Args:
+        x: float, any shape.
+    """
+    return x + (x.round() - x).detach()
+
+
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """Step and integer zero-point of the grid that spans `[low, high]`, after widening the range to hold zero.
 

@@ -12,6 +12,9 @@ which for stride 1 is the usual padding of 1, and for stride 2 on an even side i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -93,7 +96,8 @@ class MobileNetV1(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, float32 (batch, classes), of pictures, float32 (batch, 3, height, width), RGB in -1..1."""
-        layers = [self.stem, *(layer for block in self.blocks for layer in (block.depthwise, block.pointwise))]
+        blocks = cast(Iterable[_SeparableBlock], self.blocks)  # to the type checker a ModuleList holds any modules
+        layers = [self.stem, *(layer for block in blocks for layer in (block.depthwise, block.pointwise))]
         for layer in layers:  # in one frame, with one name for what flows, so that no caller keeps a layer's input alive
             x = _padded(x, layer.conv)
             x = layer.conv(x)

@@ -1,0 +1,174 @@
+"""AdaQuant: weights, bias, steps and zero-point of one layer by gradient descent, all at once.
+
+    minimise over V, b', s_w, s_x, z_x
+        sum over rows || y - q(W + V; s_w) q(x'; s_x, z_x) - b' ||^2
+
+`V` is continuous, so that a code may move by more than one step; rounding is straight-through, steps have LSQ's gradient, four groups of
+parameters have a rate each, and Adam does the rest.
+
+Where this differs from the authors' release: rates are relative to each tensor's own scale (a weight moves in shares of its step, a step in
+shares of itself, a bias in shares of its output's spread), they decay to zero, and the iterate that is best on held-out rows is kept.
+`AdaQuant.authors()` has none of this and is there for comparison.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, relative_error
+from subbyte.calibrate.round_to_nearest import RoundToNearest
+from subbyte.errors import OptionError
+from subbyte.quantizers.affine import quantize, soft_quantize
+from subbyte.quantizers.ranges import MinMax
+
+
+@dataclass(frozen=True)
+class AdaQuant(Solver):
+    """Joint gradient descent over everything that a layer computes with.
+
+    Args:
+        start: gives the first codes, steps and bias.
+        iterations: gradient steps.
+        batch_rows: rows of one gradient step, at most.
+        weight_rate: Adam's rate for `V`, in weight steps (absolute: in weights).
+        bias_rate: for `b'`, in standard deviations of the output (absolute: in outputs).
+        weight_step_rate: for `s_w`, as a share of itself (absolute: in weights).
+        activation_rate: for `s_x` as a share of itself and `z_x` in codes (absolute: in inputs and codes).
+        relative: whether rates are relative; the authors' are absolute.
+        decay: whether rates fall to zero along a half cosine.
+        checks: how often held-out rows are looked at, evenly over the iterations; 0 keeps the last iterate, unseen.
+
+    Raises:
+        OptionError: if a value is outside its range.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 3.1; rates of the authors' release for `authors()`.
+
+    Example:
+        >>> AdaQuant(iterations=100).name, AdaQuant.authors().iterations
+        ('AdaQuant', 1000)
+    """
+
+    start: Solver = RoundToNearest()
+    iterations: int = 400
+    batch_rows: int = 1024
+    weight_rate: float = 0.03
+    bias_rate: float = 1e-3
+    weight_step_rate: float = 2e-3
+    activation_rate: float = 2e-3
+    relative: bool = True
+    decay: bool = True
+    checks: int = 20
+
+    def __post_init__(self) -> None:
+        rates = (self.weight_rate, self.bias_rate, self.weight_step_rate, self.activation_rate)
+        if self.iterations < 1 or self.batch_rows < 1 or self.checks < 0 or min(rates) < 0:
+            raise OptionError(f"AdaQuant needs positive iterations and batch_rows and no negative rate, not {self}")
+
+    @classmethod
+    def authors(cls) -> AdaQuant:
+        """The settings of the authors' release: absolute rates, no decay, last iterate."""
+        start = RoundToNearest(weight_range=MinMax(), activation_range=MinMax())
+        return cls(start, 1000, 4096, 1e-5, 1e-3, 1e-3, 1e-1, relative=False, decay=False, checks=0)
+
+    @torch.enable_grad()
+    def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
+        """See `Solver`.
+
+        Args:
+            problem: the layer.
+            generator: draws the rows of each gradient step.
+        """
+        start = self.start.solve(problem, generator)
+        state = _Parameters(problem, start, relative=self.relative)
+        optimizer = torch.optim.Adam(
+            [
+                {"params": [state.weight], "lr": self.weight_rate},
+                {"params": [state.bias], "lr": self.bias_rate},
+                {"params": [state.weight_step], "lr": self.weight_step_rate},
+                {"params": state.activation, "lr": self.activation_rate},
+            ]
+        )
+        shares = [_cosine(k / self.iterations) if self.decay else 1.0 for k in range(self.iterations)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: shares[min(k, self.iterations - 1)])
+        every = math.ceil(self.iterations / self.checks) if self.checks else self.iterations + 1
+        best, least = start, relative_error(problem, start, problem.held_out) if self.checks else torch.inf
+        rows = problem.fit.inputs.shape[1]
+        for k in range(1, self.iterations + 1):
+            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), generator=generator).to(problem.weight.device)
+            optimizer.zero_grad()
+            loss = (state.output(problem.fit.inputs[:, chosen]) - problem.fit.targets[:, chosen]).square().mean()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            if k % every == 0:
+                trial = state.solution(self.name)
+                error = relative_error(problem, trial, problem.held_out)
+                best, least = (trial, error) if error < least else (best, least)
+        return best if self.checks else state.solution(self.name)
+
+
+def _cosine(share: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class _Parameters:
+    """What is optimised, in the units in which Adam moves it; starts exactly at a solution's codes.
+
+    `weight`: `W + V` in units of the first step; `bias`: in units of the output's spread; `weight_step`, `activation[0]`: the logarithm of
+    the ratio to the first step; `activation[1]`: the zero-point. With absolute rates all units are 1 and the steps themselves are moved.
+    """
+
+    def __init__(self, problem: LayerProblem, start: LayerSolution, *, relative: bool) -> None:
+        self.problem, self.start, self.relative = problem, start, relative
+        step = start.scale[..., None]
+        on_grid = start.weight()
+        inside_cell = on_grid + (problem.weight - on_grid).clamp(-0.49 * step, 0.49 * step)
+        spread = problem.fit.targets.std(dim=1, correction=0).clamp(min=torch.finfo(torch.float32).tiny)
+        self.weight_unit = step if relative else torch.ones_like(step)
+        self.bias_unit = spread if relative else torch.ones_like(spread)
+        self.weight = (inside_cell / self.weight_unit).requires_grad_()
+        self.bias = (start.bias / self.bias_unit).requires_grad_()
+        self.weight_step = (torch.zeros_like(step) if relative else step.clone()).requires_grad_()
+        self.activation: list[Tensor] = []
+        if start.activation is not None:
+            scale, zero = start.activation
+            first = torch.zeros_like(scale) if relative else scale.clone()
+            self.activation = [first.requires_grad_(), zero.float().requires_grad_()]
+
+    def _steps(self) -> tuple[Tensor, Tensor | None]:
+        """`s_w` (G, O, 1) and `s_x` ()."""
+        tiny = torch.finfo(torch.float32).tiny
+        weight = self.start.scale[..., None] * self.weight_step.exp() if self.relative else self.weight_step.clamp(min=tiny)
+        if not self.activation or self.start.activation is None:
+            return weight, None
+        raw = self.activation[0]
+        return weight, self.start.activation[0] * raw.exp() if self.relative else raw.clamp(min=tiny)
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """Outputs (G, R, O) of some rows (G, R, n), with gradients."""
+        activation_grid = self.problem.activation_grid
+        weight_step, activation_step = self._steps()
+        zero = self.start.zero_point[..., None].float()
+        weight = soft_quantize(self.weight * self.weight_unit, weight_step, zero, self.problem.weight_grid)
+        if activation_step is not None and activation_grid is not None:
+            zero = self.activation[1].clamp(activation_grid.lowest, activation_grid.highest)
+            inputs = soft_quantize(inputs, activation_step, zero, activation_grid)
+        return torch.baddbmm((self.bias * self.bias_unit)[:, None, :], inputs, weight.mT)
+
+    @torch.no_grad()
+    def solution(self, name: str) -> LayerSolution:
+        """What the present parameters stand for."""
+        weight_step, activation_step = self._steps()
+        zero = self.start.zero_point
+        codes = quantize(self.weight * self.weight_unit, weight_step, zero[..., None], self.problem.weight_grid)
+        activation = None
+        if activation_step is not None and self.problem.activation_grid is not None:
+            grid = self.problem.activation_grid
+            activation = (activation_step.clone(), self.activation[1].clamp(grid.lowest, grid.highest).round().to(torch.int32))
+        scale, bias = weight_step[..., 0].clone(), (self.bias * self.bias_unit).clone()
+        return LayerSolution(codes.to(torch.int16), scale, zero, bias, activation, name)

@@ -1,0 +1,291 @@
+"""The parts of Lattice against brute force and loops written for clarity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from subbyte.calibrate import lattice
+from subbyte.calibrate.lattice import (
+    Lattice,
+    closed_form_step,
+    coordinate_descent,
+    error_feedback,
+    least_squares,
+    nearby_steps,
+    nearby_zero_points,
+)
+from subbyte.calibrate.moments import moments_of
+from subbyte.calibrate.problem import LayerProblem, Rows, relative_error
+from subbyte.calibrate.round_to_nearest import RoundToNearest
+from subbyte.errors import OptionError
+from subbyte.quantizers.grid import Grid
+
+MakeProblem = Callable[..., LayerProblem]
+
+
+class Case:
+    """One small closest-point problem: `w*` (G, O, n), `H` (G, n, n), `s` (G, O) and the grid's ends (G, O, 1)."""
+
+    def __init__(self, groups: int, outputs: int, n: int, bits: int, seed: int) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        rows = torch.randn(groups, n + 3, n, generator=chance, dtype=torch.float64) + torch.randn(
+            groups, n + 3, 1, generator=chance, dtype=torch.float64
+        )
+        self.hessian = rows.mT @ rows / (n + 3) + 0.01 * torch.eye(n, dtype=torch.float64)
+        self.optimum = torch.randn(groups, outputs, n, generator=chance, dtype=torch.float64)
+        self.scale = torch.rand(groups, outputs, generator=chance) * 0.4 + 0.2
+        zero_point = torch.randint(0, 2**bits, (groups, outputs, 1), generator=chance)
+        self.low, self.high = -zero_point.float(), (2**bits - 1 - zero_point).float()
+        spread = torch.rand(groups, outputs, n, generator=chance)
+        self.levels = (self.low + spread * (self.high - self.low)).round()
+
+    def objective(self, levels: Tensor, scale: Tensor | None = None) -> Tensor:
+        """`(w* - s v)^T H (w* - s v)`, float64 (G, O)."""
+        rest = self.optimum - levels.double() * (self.scale if scale is None else scale)[..., None].double()
+        return ((rest @ self.hessian) * rest).sum(dim=2)
+
+    def descend(self) -> Tensor:
+        return coordinate_descent(self.levels, self.optimum.float(), self.hessian.float(), self.scale, self.low, self.high)[0]
+
+    def inside(self, levels: Tensor) -> bool:
+        return bool(((levels >= self.low) & (levels <= self.high) & (levels == levels.round())).all())
+
+
+cases = st.builds(Case, st.integers(1, 3), st.integers(1, 3), st.integers(1, 4), st.integers(2, 3), st.integers(0, 10**6))
+wide_cases = st.builds(Case, st.integers(1, 2), st.integers(1, 3), st.integers(5, 9), st.integers(2, 8), st.integers(0, 10**6))
+
+
+@given(cases | wide_cases)
+def test_descent_never_raises_the_objective(case: Case) -> None:
+    before = case.levels.clone()
+    levels = case.descend()
+    assert torch.equal(case.levels, before)
+    assert case.inside(levels)
+    assert (case.objective(levels) <= case.objective(before) * (1 + 1e-5)).all()
+
+
+@given(cases)
+def test_descent_ends_where_no_single_move_helps(case: Case) -> None:
+    levels = case.descend()
+    reached = case.objective(levels)
+    for index in range(levels.shape[2]):
+        for value in range(-7, 8):
+            moved = levels.clone()
+            moved[..., index] = torch.clamp(torch.full_like(moved[..., index], value), case.low[..., 0], case.high[..., 0])
+            assert (case.objective(moved) >= reached - 1e-4 * (1 + reached)).all()
+
+
+@given(st.builds(Case, st.just(1), st.just(2), st.integers(1, 4), st.just(2), st.integers(0, 10**6)))
+def test_descent_is_never_below_the_best_point_and_reaches_it_for_one_unknown(case: Case) -> None:
+    levels = case.descend()
+    for output in range(2):
+        low, high = int(case.low[0, output]), int(case.high[0, output])
+        points = torch.tensor(list(product(range(low, high + 1), repeat=levels.shape[2])), dtype=torch.float32)
+        rest = case.optimum[0, output] - points.double() * case.scale[0, output].double()
+        best = ((rest @ case.hessian[0]) * rest).sum(dim=1).min()
+        reached = case.objective(levels)[0, output]
+        assert reached >= best - 1e-9
+        assert levels.shape[2] > 1 or reached == pytest.approx(float(best), rel=1e-5, abs=1e-9)
+
+
+@given(cases)
+def test_descent_started_twice_stays(case: Case) -> None:
+    levels = case.descend()
+    again, moved = coordinate_descent(levels, case.optimum.float(), case.hessian.float(), case.scale, case.low, case.high)
+    assert moved == 0 and torch.equal(again, levels)
+
+
+@given(cases)
+def test_descent_tells_the_share_of_moved_codes(case: Case) -> None:
+    levels, moved = coordinate_descent(case.levels, case.optimum.float(), case.hessian.float(), case.scale, case.low, case.high)
+    assert moved == pytest.approx(float((levels != case.levels).float().mean()))
+
+
+def test_descent_needs_more_than_one_code_at_a_time() -> None:
+    """A step that is much too small: codes go to the end of the grid."""
+    case = Case(1, 2, 4, 3, seed=0)
+    case.scale = case.scale * 1e-3
+    assert case.inside(case.descend())
+
+
+def naive_error_feedback(case: Case) -> Tensor:
+    """Round one column, solve for the best real values of those that are left, and so on: the definition, channel by channel."""
+    levels = torch.empty_like(case.optimum)
+    groups, outputs, n = levels.shape
+    for group, output in product(range(groups), range(outputs)):
+        hessian, optimum = case.hessian[group], case.optimum[group, output]
+        order = hessian.diagonal().argsort(descending=True, stable=True).tolist()
+        scale = case.scale[group, output].double()
+        error = torch.zeros(n, dtype=torch.float64)  # of the columns that are fixed: s v - w*
+        for place, column in enumerate(order):
+            fixed = order[:place]
+            free = order[place:]
+            shift = torch.linalg.solve(hessian[free][:, free], hessian[free][:, fixed] @ error[fixed]) if fixed else torch.zeros(n)
+            wanted = optimum[column] - shift[0]
+            level = (wanted / scale).round().clamp(float(case.low[group, output]), float(case.high[group, output]))
+            levels[group, output, column] = level
+            error[column] = scale * level - optimum[column]
+    return levels.float()
+
+
+@given(cases | wide_cases)
+def test_error_feedback_is_the_naive_loop(case: Case) -> None:
+    levels = error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high)
+    assert case.inside(levels)
+    assert torch.equal(levels, naive_error_feedback(case))
+
+
+@given(wide_cases, st.integers(1, 5))
+def test_error_feedback_does_not_depend_on_its_blocks(case: Case, block: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lattice, "COLUMN_BLOCK", block)
+        levels = error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high)
+    assert torch.equal(levels, naive_error_feedback(case))
+
+
+def test_error_feedback_across_real_blocks() -> None:
+    case = Case(2, 2, 2 * lattice.COLUMN_BLOCK + 5, 4, seed=3)
+    levels = error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high)
+    assert (levels == naive_error_feedback(case)).float().mean() > 0.99  # a tie may fall the other way in float32
+
+
+def test_error_feedback_without_correlation_is_rounding() -> None:
+    case = Case(2, 3, 5, 3, seed=1)
+    case.hessian = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.5)
+    rounded = (case.optimum.float() / case.scale[..., None]).round().clamp(case.low, case.high)
+    assert torch.equal(error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high), rounded)
+
+
+@given(cases | wide_cases)
+def test_the_closed_form_step_is_the_minimiser(case: Case) -> None:
+    scale = closed_form_step(case.levels, case.optimum.float(), case.hessian.float(), case.scale)
+    assert (scale > 0).all()
+    fitted = case.objective(case.levels, scale)
+    assert (fitted <= case.objective(case.levels) * (1 + 1e-5)).all()
+    changed = scale != case.scale
+    for factor in (0.9, 0.99, 1.01, 1.1):
+        assert (fitted <= case.objective(case.levels, scale * factor) * (1 + 1e-5))[changed].all()
+
+
+def test_the_step_stays_where_there_is_nothing_to_fit() -> None:
+    case = Case(1, 3, 4, 3, seed=0)
+    case.levels[0, 0] = 0  # no code at all
+    case.levels[0, 1] = -torch.sign(case.optimum[0, 1]).float()  # the best step would be negative
+    case.hessian = torch.eye(4, dtype=torch.float64)[None]
+    scale = closed_form_step(case.levels, case.optimum.float(), case.hessian.float(), case.scale)
+    assert torch.equal(scale[0, :2], case.scale[0, :2])
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 40), st.sampled_from((0.0, 0.01, 1.0)), st.integers(0, 10**6)
+)
+def test_least_squares_solves_the_normal_equations(groups: int, outputs: int, n: int, rows: int, ridge: float, seed: int) -> None:
+    if ridge == 0.0:
+        rows += 2 * n + 2  # without a ridge the rows have to determine the weights
+    chance = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(groups, rows, n, generator=chance) + 1, torch.randn(groups, rows, outputs, generator=chance)
+    weight = torch.randn(groups, outputs, n, generator=chance)
+    x = x * torch.rand(groups, 1, 1, generator=chance).add(0.1)
+    hessian, optimum = least_squares(moments_of(x, y), weight, ridge)
+    centred = x.double() - x.double().mean(dim=1, keepdim=True)
+    covariance = centred.mT @ centred / rows
+    d = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
+    if rows == 1:
+        return  # no covariance: every ridge is arbitrary
+    expected = covariance + ridge * d[:, None, None] * torch.eye(n, dtype=torch.float64)
+    torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-6)
+    right = centred.mT @ (y.double() - y.double().mean(dim=1, keepdim=True)) / rows + ridge * d[:, None, None] * weight.mT.double()
+    torch.testing.assert_close(expected @ optimum.mT, right, rtol=1e-3, atol=1e-4)
+
+
+def test_the_ridge_keeps_weights_that_no_row_determines() -> None:
+    x, weight = torch.randn(1, 50, 4), torch.randn(1, 3, 4)
+    x[..., 2] = 0
+    _, optimum = least_squares(moments_of(x, torch.randn(1, 50, 3)), weight, 0.01)
+    torch.testing.assert_close(optimum[..., 2].float(), weight[..., 2])
+
+
+def test_a_group_without_any_input_keeps_its_weights() -> None:
+    x, weight = torch.randn(2, 50, 4), torch.randn(2, 3, 4)
+    x[0] = 0
+    _, optimum = least_squares(moments_of(x, torch.randn(2, 50, 3)), weight, 0.01)
+    torch.testing.assert_close(optimum[0].float(), weight[0])
+
+
+@pytest.mark.parametrize("nearby", [nearby_steps, nearby_zero_points])
+@pytest.mark.parametrize("zero", [0, 1, 7, 14, 15])
+def test_what_is_tried_nearby_starts_with_what_there_is_and_stays_on_the_grid(
+    nearby: Callable[..., list[tuple[Tensor, Tensor]]], zero: int
+) -> None:
+    given = (torch.tensor(0.5), torch.tensor(zero, dtype=torch.int32))
+    around = nearby(given, 15)
+    assert around[0] is given
+    assert all(0 <= int(z) <= 15 and z.dtype == torch.int32 and float(s) > 0 for s, z in around)
+    assert len({(float(s), int(z)) for s, z in around}) == len(around)
+
+
+def test_steps_are_tried_on_both_sides_and_a_zero_point_at_an_end_stays() -> None:
+    given = (torch.tensor(0.5), torch.tensor(7, dtype=torch.int32))
+    tried = [float(s) for s, _ in nearby_steps(given, 15)]
+    assert min(tried) < 0.5 < max(tried)
+    assert sorted(int(z) for _, z in nearby_zero_points(given, 15)) == [6, 7, 8]
+    assert len(nearby_zero_points((given[0], torch.tensor(0, dtype=torch.int32)), 15)) == 1
+
+
+def test_the_ridge_that_suits_unseen_rows_is_taken(make_problem: MakeProblem) -> None:
+    """As many rows as unknowns and noise in the targets: without a ridge the fit follows the noise."""
+    problem = make_problem(unknowns=40, rows=60, weight_grid=Grid(8, symmetric=True), activation_grid=None)
+    noisy = replace(problem, fit=Rows(problem.fit.inputs, problem.fit.targets + torch.randn(1, 60, 6)))
+    errors = {
+        ridges: relative_error(noisy, Lattice(ridges).solve(noisy, torch.Generator().manual_seed(0)), noisy.held_out)
+        for ridges in ((1e-6,), (30.0,), (1e-6, 30.0), (30.0, 1e-6))
+    }
+    assert errors[30.0,] < 0.5 * errors[1e-6,]
+    assert errors[1e-6, 30.0] == errors[30.0, 1e-6] == errors[30.0,]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"ridges": ()}, {"ridges": (0.0,)}, {"ridges": (0.1, -1.0)}, {"ridges": (float("nan"),)}, {"rounds": 0}, {"activation_rounds": -1}],
+    ids=str,
+)
+def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(OptionError, match="positive ridges, at least one round"):
+        Lattice(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lattice_is_clearly_better_than_rounding_on_correlated_inputs(bits: int, make_problem: MakeProblem) -> None:
+    problem = make_problem(outputs=16, unknowns=24, rows=2000, weight_grid=Grid(bits, symmetric=True), activation_grid=None)
+    found, plain = (
+        relative_error(problem, solver.solve(problem, torch.Generator().manual_seed(0)), problem.held_out)
+        for solver in (Lattice(), RoundToNearest())
+    )
+    assert found < 0.6 * plain
+
+
+@pytest.mark.parametrize("activation_bits", [2, 4, 8])
+def test_lattice_is_better_than_rounding_with_quantized_inputs(activation_bits: int, make_problem: MakeProblem) -> None:
+    problem = make_problem(outputs=16, unknowns=24, rows=2000, activation_grid=Grid(activation_bits))
+    found, plain = (
+        relative_error(problem, solver.solve(problem, torch.Generator().manual_seed(0)), problem.held_out)
+        for solver in (Lattice(), RoundToNearest())
+    )
+    assert found < plain
+
+
+def test_lattice_corrects_what_arrives_wrong(make_problem: MakeProblem) -> None:
+    """Sequential flavour: inputs that the layers before have scaled down are scaled up again by the weights."""
+    problem = make_problem(rows=2000, weight_grid=Grid(8, symmetric=True), activation_grid=Grid(8))
+    smaller = [Rows(rows.inputs * 0.7 + 0.2, rows.targets) for rows in (problem.fit, problem.held_out)]
+    problem = replace(problem, fit=smaller[0], held_out=smaller[1])
+    solution = Lattice().solve(problem, torch.Generator().manual_seed(0))
+    assert relative_error(problem, solution, problem.held_out) < 1e-3
