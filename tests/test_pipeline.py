@@ -243,6 +243,14 @@ def test_every_network_is_quantized(case: Case, recipe: Recipe, bits: tuple[int,
     assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, batch), found, strict=True))
 
 
+def test_every_module_that_is_returned_is_in_evaluation_mode(tmp_path: Path) -> None:
+    """Otherwise the model would be refused where it is checked, as `quantize` itself does."""
+    result = subbyte.quantize(*built(CASES["residual"]))
+    result.save(tmp_path / "x")
+    for model in (result.model, subbyte.load(tmp_path / "x", into=ResidualNet())):
+        assert [name for name, module in model.named_modules() if module.training] == []
+
+
 @cases
 @flavours
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])

@@ -15,21 +15,44 @@ from contextlib import contextmanager
 
 
 class SubbyteError(Exception):
-    """Base of every error that subbyte raises on purpose; its text names the cause and the remedy."""
+    """Base of every error that subbyte raises on purpose; its text names the cause and the remedy.
+
+    Example:
+        >>> issubclass(DataError, SubbyteError)
+        True
+    """
 
 
 class OptionError(SubbyteError, ValueError):
-    """An argument or option is outside what subbyte can do."""
+    """An argument or option is outside what subbyte can do.
+
+    Example:
+        >>> import subbyte
+        >>> subbyte.Widths(weight_bits=9)
+        Traceback (most recent call last):
+        subbyte.errors.OptionError: weight_bits: a grid has 2 to 8 bits, not 9
+    """
 
 
 class ModelError(SubbyteError):
-    """The model cannot be quantized as it is."""
+    """The model cannot be quantized as it is.
+
+    Example:
+        >>> import subbyte, torch
+        >>> subbyte.quantize(torch.nn.Linear(1, 1), torch.zeros(2, 1))
+        Traceback (most recent call last):
+        subbyte.errors.ModelError: 'Linear' is in training mode; call model.eval() first
+    """
 
 
 class LayerError(ModelError):
     """One layer is at fault.
 
     `layer` is its qualified name in the model, str.
+
+    Example:
+        >>> LayerError("conv1", "holds NaN").layer
+        'conv1'
     """
 
     def __init__(self, layer: str, message: str) -> None:
@@ -38,11 +61,25 @@ class LayerError(ModelError):
 
 
 class DataError(SubbyteError, ValueError):
-    """The calibration data cannot be used."""
+    """The calibration data cannot be used.
+
+    Example:
+        >>> import subbyte, torch
+        >>> subbyte.quantize(torch.nn.Linear(1, 1).eval(), [])
+        Traceback (most recent call last):
+        subbyte.errors.DataError: the calibration set is empty; a few hundred unlabeled samples are wanted, one is the least
+    """
 
 
 class FileError(SubbyteError, OSError):
-    """A file cannot be read, is damaged, belongs to something else, or cannot be written."""
+    """A file cannot be read, is damaged, belongs to something else, or cannot be written.
+
+    Example:
+        >>> import subbyte, torch
+        >>> subbyte.load("missing.safetensors", into=torch.nn.Linear(1, 1))
+        Traceback (most recent call last):
+        subbyte.errors.FileError: cannot read 'missing.safetensors': there is no such file
+    """
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from subbyte.errors import OptionError
-from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point
+from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point, soft_quantize
 from subbyte.quantizers.grid import Grid
 
 ROUNDING = 1e-4  # of a step: what float32 may add to half a step at 8 bits
@@ -135,3 +135,24 @@ def test_channels_are_independent() -> None:
         for channel in range(4):
             one = scale_and_zero_point(low[channel], high[channel], grid)
             assert (scale[channel], zero_point[channel]) == one
+
+
+@given(lists, ranges(), grids)
+def test_soft_quantize_has_the_values_of_the_equations(x: Tensor, interval: tuple[Tensor, Tensor], grid: Grid) -> None:
+    scale, zero_point = scale_and_zero_point(*interval, grid)
+    values = torch.cat([x.clamp(-1e6 * scale, 1e6 * scale), inside(*interval)])
+    expected = dequantize(quantize(values, scale, zero_point, grid), scale, zero_point)
+    torch.testing.assert_close(soft_quantize(values, scale, zero_point.float(), grid) / scale, expected / scale, rtol=0, atol=1e-3)
+
+
+def test_soft_gradients_pass_inside_the_range_and_end_outside() -> None:
+    x, scale, zero_point = (
+        torch.tensor([-9.0, 0.3, 9.0], requires_grad=True),
+        torch.tensor(0.5, requires_grad=True),
+        torch.tensor(4.0, requires_grad=True),
+    )
+    for part, by_scale, by_zero in ((0, -4.0, -0.5), (1, 1 - 0.6, 0.0), (2, 3.0, -0.5)):
+        gradients = torch.autograd.grad(soft_quantize(x, scale, zero_point, Grid(3))[part], (x, scale, zero_point))
+        assert gradients[0].tolist() == [float(k == 1 and part == 1) for k in range(3)]
+        assert float(gradients[1]) == pytest.approx(by_scale)
+        assert float(gradients[2]) == pytest.approx(by_zero)

@@ -190,7 +190,7 @@ def error_feedback(optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor,
         hessian: `H`, float64 (G, n, n), positive definite.
         scale: `s`, float32 (G, O).
         low: smallest code, zero-point subtracted, float32 (G, O, 1).
-        high: largest code, likewise.
+        high: largest code, likewise, float32 (G, O, 1).
 
     Returns:
         Codes `v`, zero-point subtracted, float32 (G, O, n), integer-valued.
@@ -234,7 +234,7 @@ def coordinate_descent(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: 
         hessian: `H`, float32 (G, n, n).
         scale: `s`, float32 (G, O).
         low: smallest code, zero-point subtracted, float32 (G, O, 1).
-        high: largest code, likewise.
+        high: largest code, likewise, float32 (G, O, 1).
 
     Returns:
         The new codes, and the share of all codes that moved.

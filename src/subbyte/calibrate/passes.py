@@ -34,7 +34,12 @@ from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarte
 
 
 class Flavour(Enum):
-    """What a layer's input is during calibration."""
+    """What a layer's input is during calibration.
+
+    Example:
+        >>> Flavour("parallel")
+        <Flavour.PARALLEL: 'parallel'>
+    """
 
     PARALLEL = "parallel"
     SEQUENTIAL = "sequential"

@@ -79,6 +79,12 @@ class LayerSolution:
         bias: `b'`, float32 (G, O).
         activation: `(s_x, z_x)`, float32 () and int32 (), or None where the input stays in float32.
         solver: name of the solver that found it.
+
+    Example:
+        >>> zero = torch.zeros(1, 1, dtype=torch.int32)
+        >>> codes = torch.tensor([[[-2, 1]]], dtype=torch.int16)
+        >>> LayerSolution(codes, torch.tensor([[0.5]]), zero, torch.zeros(1, 1), None, "mine").weight()
+        tensor([[[-1.0000,  0.5000]]])
     """
 
     codes: Tensor
@@ -94,7 +100,13 @@ class LayerSolution:
 
 
 class Solver(ABC):
-    """What finds a solution. Implementations are frozen dataclasses that hold their hyperparameters, one in a file."""
+    """What finds a solution. Implementations are frozen dataclasses that hold their hyperparameters, one in a file.
+
+    Example:
+        >>> from subbyte.calibrate.round_to_nearest import RoundToNearest
+        >>> isinstance(RoundToNearest(), Solver)
+        True
+    """
 
     @property
     def name(self) -> str:

@@ -43,7 +43,7 @@ from subbyte.quantizers.grid import Grid
 
 FORMAT_VERSION = 1
 PREFIX = "subbyte."
-SIZE_DIGITS = 15
+SIZE_DIGITS = 12  # that every number in the header is given room for which depends on the widths
 CHECKSUM_DIGITS = 32
 
 
@@ -61,7 +61,7 @@ class PackedModel:
 
 
 def structure_of(model: nn.Module) -> str:
-    """Fingerprint of a model's structure: names, shapes and dtypes of its state, not its numbers.
+    """Fingerprint of a model's structure: names, shapes and dtypes of its state and settings of its layers, not its numbers.
 
     Args:
         model: a float model as it came, batch norms not folded.
@@ -70,7 +70,8 @@ def structure_of(model: nn.Module) -> str:
         32 hexadecimal digits.
     """
     state = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
-    return hashlib.blake2b(repr(sorted(state)).encode(), digest_size=16).hexdigest()
+    operators = [(name, repr(operator)) for name, module in model.named_modules() if (operator := operator_of(module))]
+    return hashlib.blake2b(repr((sorted(state), sorted(operators))).encode(), digest_size=16).hexdigest()
 
 
 def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> PackedModel:
@@ -123,9 +124,16 @@ def to_bytes(packed: PackedModel) -> bytes:
         packed: what to write.
     """
     text = json.dumps(packed.metadata, separators=(",", ":"), ensure_ascii=False)
-    digits = len(str(packed.tensors[PREFIX + "codes"].numel()))
-    text += " " * (2 * (SIZE_DIGITS - digits))  # the number of code bytes stands twice in the header: shape and last offset
-    return serialize(dict(packed.tensors), {"subbyte": _checksum(text, packed.tensors) + text})
+    content = serialize(dict(packed.tensors), {"subbyte": _checksum(text, packed.tensors) + text})
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip(b" ")
+    entries = json.loads(header)
+    codes = entries[PREFIX + "codes"]
+    offsets = [offset for entry in entries.values() for offset in entry.get("data_offsets", ())]
+    varying = [codes["shape"][0], *(offset for offset in offsets if offset > codes["data_offsets"][0])]
+    length = len(header) + sum(SIZE_DIGITS - len(str(number)) for number in varying)
+    length += -length % 8
+    return length.to_bytes(8, "little") + header.ljust(length) + content[end:]
 
 
 def write_file(path: str | os.PathLike[str], content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Batches, what a model is called with: tensors, tuples (positional arguments) or mappings (keyword arguments), samples along dimension 0."""
+"""Batches, what a model is called with: tensors, tuples (positional arguments) or mappings (keyword arguments)."""
 
 from __future__ import annotations
 

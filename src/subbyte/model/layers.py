@@ -226,6 +226,9 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
         args: positional arguments of the call.
         kwargs: keyword arguments of the call.
 
+    Returns:
+        float32, the shape that the layer was given.
+
     Raises:
         LayerError: if the call passes anything but one finite float32 tensor.
     """

@@ -15,7 +15,12 @@ from subbyte.errors import OptionError
 
 
 class Range(ABC):
-    """How an interval is chosen from the values that it should hold."""
+    """How an interval is chosen from the values that it should hold.
+
+    Example:
+        >>> isinstance(MinMax(), Range)
+        True
+    """
 
     @abstractmethod
     def candidates(self, values: Tensor) -> tuple[Tensor, Tensor]:
