@@ -30,7 +30,7 @@ SOLVERS: list[Solver] = [
     Lattice(),
     Lattice(weight_range=MinMax(), activation_range=LeastOutputError(count=8), rounds=1, activation_rounds=0),
     AdaQuant(iterations=6, checks=2),
-    AdaQuant(iterations=4, batch_rows=5, decay=False, checks=0),
+    AdaQuant(iterations=4, batch_rows=5, decay=False, checks=1),
     AdaRound(iterations=4),
 ]
 # Solvers that solve group by group when the input stays in float32; Lattice chooses one ridge for all groups, so it is given one.
