@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 import subbyte
 from subbyte import Flavour, Lattice, LayerError, Recipe, Result, RoundToNearest, Widths
 from subbyte.model.batches import call, tensors
+from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.run.events import Event, LayerSolved, StageFinished, StageStarted, Warned
 
 FLAVOURS = {flavour.value: Recipe(flavour=flavour) for flavour in Flavour}
@@ -202,7 +203,9 @@ def relative(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    """Hooks in a model, without the one that a quantized layer has of its own (it keeps torch's fast path from passing the layer by)."""
+    own = sum(isinstance(module, QuantizedLayer) for module in model.modules())
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) - own
 
 
 def content(result: Result, folder: Path) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable
 
@@ -12,10 +11,11 @@ from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.passes import CalibrationSet, calibrate_, prepare
 from subbyte.calibrate.rows import held_out_samples
 from subbyte.calibrate.whole import guard_whole_
-from subbyte.export.packed import structure_of
+from subbyte.export.packed import state_bytes, structure_of
 from subbyte.model.batches import Batch, as_batches, sample_count
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
+from subbyte.model.replace import copy_of
 from subbyte.recipes import Recipe
 from subbyte.result import Result, layer_report, still_float, warnings_for
 from subbyte.run.events import Observer, Warned, ignore
@@ -66,8 +66,8 @@ def quantize(
     options = widths.of([layer.name for layer in found.layers])
     check_output(output)
 
-    original = copy.deepcopy(model)
-    folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches[0], output)
+    original = copy_of(model)
+    folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches)
     models = prepare(original, found.layers, options, symmetric=recipe.symmetric_weights)
     held_out = held_out_samples([sample_count(batch) for batch in batches], recipe.sampling.held_out, seed)
     calibration = CalibrationSet(batches, held_out, seed)
@@ -85,7 +85,7 @@ def quantize(
         folds=folds,
         measured=measured,
         warnings=warnings,
-        float_bytes=sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()),
+        float_bytes=state_bytes(model),
         structure=structure_of(model),
         widths=widths,
         recipe=recipe,

@@ -40,6 +40,10 @@ class Widths:
     def __post_init__(self) -> None:
         _check((self.weight_bits, self.activation_bits), "")
         for pattern, option in self.pinned.items():
+            if not isinstance(option, int) and not (isinstance(option, tuple) and len(option) == 2):
+                raise OptionError(
+                    f"widths for '{pattern}' are a number from 2 to 8 or (weight bits, activation bits or None), not {option!r}"
+                )
             _check(_as_option(option), f" for '{pattern}'")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):

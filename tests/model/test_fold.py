@@ -31,8 +31,8 @@ def folded(model: nn.Module, x: Tensor) -> tuple[Fold, ...]:
     other = torch.randn_like(x)
     with torch.no_grad():
         before = model(x), model(other)
-    found, output = survey(model, [x])
-    folds = fold_batch_norms_(model, found.layers, x, output)
+    found, _ = survey(model, [x])
+    folds = fold_batch_norms_(model, found.layers, [x])
     with torch.no_grad():
         after = model(x), model(other)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -207,15 +207,15 @@ def test_one_small_output_among_large_ones_still_counts() -> None:
 
     model = trained(Two())
     x = torch.randn(4, 3, 5, 5)
-    found, output = survey(model, [x])
-    assert fold_batch_norms_(model, found.layers, x, output) == ()
+    found, _ = survey(model, [x])
+    assert fold_batch_norms_(model, found.layers, [x]) == ()
 
 
 def test_only_surveyed_layers_are_folded() -> None:
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     x = torch.randn(4, 3, 5, 5)
-    found, output = survey(model, [x], exclude=["0"])
-    assert fold_batch_norms_(model, found.layers, x, output) == (Fold("2", "3"),)
+    found, _ = survey(model, [x], exclude=["0"])
+    assert fold_batch_norms_(model, found.layers, [x]) == (Fold("2", "3"),)
 
 
 def test_random_outputs_are_refused() -> None:
@@ -228,17 +228,17 @@ def test_random_outputs_are_refused() -> None:
             return F.dropout(self.fc(x), 0.5, training=True)
 
     model, x = Noisy().eval(), torch.randn(8, 4)
-    found, output = survey(model, [x])
+    found, _ = survey(model, [x])
     with pytest.raises(ModelError, match="dropout"):
-        fold_batch_norms_(model, found.layers, x, output)
+        fold_batch_norms_(model, found.layers, [x])
 
 
 def test_random_outputs_are_refused_beside_a_batch_norm_too() -> None:
     model = trained(Wired(lambda m, x: F.dropout(m.bn(m.conv(x)), 0.5, training=True)))
     x = torch.randn(4, 3, 5, 5)
-    found, output = survey(model, [x])
+    found, _ = survey(model, [x])
     with pytest.raises(ModelError, match="dropout"):
-        fold_batch_norms_(model, found.layers, x, output)
+        fold_batch_norms_(model, found.layers, [x])
 
 
 def test_hooks_are_gone_afterwards() -> None:

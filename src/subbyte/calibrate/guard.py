@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, relative_error
-from subbyte.errors import LayerError
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,17 +43,7 @@ def solve_guarded(problem: LayerProblem, solver: Solver, baseline: Solver, gener
         solver: what should win.
         baseline: plain rounding.
         generator: source of every random number, on the CPU.
-
-    Raises:
-        LayerError: if several rows were sampled and all are the same, so that nothing can be calibrated on them.
     """
-    inputs = problem.fit.inputs
-    if inputs.shape[1] > 1 and bool((inputs == inputs[:, :1]).all()):
-        raise LayerError(
-            problem.name,
-            f"receives the same input in all {inputs.shape[1]} sampled rows, so nothing can be calibrated; check the calibration data "
-            "and its preprocessing, or exclude the layer",
-        )
     plain = baseline.solve(problem, generator)
     found = solver.solve(problem, generator)
     plain_error = relative_error(problem, plain, problem.held_out)

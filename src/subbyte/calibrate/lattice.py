@@ -64,7 +64,7 @@ class Lattice(Solver):
     activation_rounds: int = 2
 
     def __post_init__(self) -> None:
-        if not self.ridges or min(self.ridges) <= 0 or self.rounds < 1 or self.activation_rounds < 0:
+        if not self.ridges or not all(ridge > 0 for ridge in self.ridges) or self.rounds < 1 or self.activation_rounds < 0:
             raise OptionError(f"Lattice needs positive ridges, at least one round and no negative activation_rounds, not {self}")
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:

@@ -87,14 +87,16 @@ class RelativeSquaredError(OutputLoss):
 
 
 def check_output(output: object) -> None:
-    """Refuse a model whose outputs cannot be compared.
+    """Refuse a model whose outputs cannot be compared, before any work.
 
     Args:
         output: what the float model returned for a batch, tensors of any shape.
 
     Raises:
-        ModelError: if there is no floating-point tensor in it.
+        ModelError: if there is no floating-point tensor in it, or one holds NaN or infinite numbers.
     """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
+        raise ModelError(f"the float model returns NaN or infinite numbers for the first calibration batch: {describe(output)}")
     if not _floats(output):
         raise ModelError(f"the model returns {describe(output)}, no floating-point tensor, so its outputs cannot be compared")
 

@@ -10,7 +10,6 @@ sequential flavour cannot offer (the later inputs depend on the codes): it is so
 
 from __future__ import annotations
 
-import copy
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,7 @@ from subbyte.model.batches import Batch, describe
 from subbyte.model.layers import Layer
 from subbyte.model.lockstep import Forward, Lockstep, Stop
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
-from subbyte.model.replace import replace_module_
+from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.grid import Grid
 from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
 
@@ -118,7 +117,7 @@ def prepare(original: nn.Module, layers: Sequence[Layer], options: Mapping[str, 
         options: `(weight bits, activation bits or None)` by layer name.
         symmetric: whether weight grids are symmetric.
     """
-    quantized = copy.deepcopy(original)
+    quantized = copy_of(original)
     items = []
     for layer in layers:
         old = quantized.get_submodule(layer.name)
@@ -196,12 +195,14 @@ def state_of(item: CalibratedLayer, solution: LayerSolution) -> QuantizedState:
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """Rows of one stop: inputs (G, R, n), targets (G, R, O), held-out mask (R,), and how many rows there would have been."""
+    """Rows of one stop: inputs (G, R, n), targets (G, R, O), held-out mask (R,), how many rows there would have been, and whether the float
+    model feeds the same in all of them."""
 
     inputs: Tensor
     targets: Tensor
     held_out: Tensor
     equations: int
+    constant: bool
 
 
 def _pass(
@@ -251,7 +252,13 @@ def _sample(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling: R
     counts = [operator.count(stop.input(index)) for index in here]
     wanted = -(-sampling.wanted(weight.shape[0], weight.shape[2]) // layer.calls)
     rows = draw_rows(counts, [data.held_out[index] for index in here], wanted, generator_for(data.seed, f"rows {layer.name}"))
-    inputs = torch.cat([gather_rows(operator, stop.input(index), row) for index, row in zip(here, rows, strict=True)], dim=1)
+    gathered = [gather_rows(operator, stop.input(index), row) for index, row in zip(here, rows, strict=True)]
+    for index, part in zip(here, gathered, strict=True):
+        if (part.shape[0], part.shape[2]) != (weight.shape[0], weight.shape[2]):
+            batch, x = describe(data.batches[index]), describe(stop.input(index))
+            raise LayerError(layer.name, f"receives {x} from batch {batch}, which does not fit its weight {layer.weight_shape}")
+    inputs = torch.cat(gathered, dim=1)
+    constant = inputs.shape[1] > 1 and bool((inputs == inputs[:, :1]).all())
     targets = torch.baddbmm(bias[:, None, :], inputs, weight.mT)
     if flavour is Flavour.SEQUENTIAL:
         for index in here:
@@ -259,10 +266,17 @@ def _sample(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling: R
                 shapes = f"{describe(stop.input(index))} in the float model, {describe(stop.input(index + count))} in the quantized one"
                 raise LayerError(layer.name, f"receives {shapes}; use Flavour.PARALLEL")
         inputs = torch.cat([gather_rows(operator, stop.input(index + count), row) for index, row in zip(here, rows, strict=True)], dim=1)
-    return _Sample(inputs, targets, torch.cat([row.held_out for row in rows]), sum(samples * positions for samples, positions in counts))
+    held_out = torch.cat([row.held_out for row in rows])
+    return _Sample(inputs, targets, held_out, sum(samples * positions for samples, positions in counts), constant)
 
 
 def _problem(item: CalibratedLayer, samples: Sequence[_Sample]) -> LayerProblem:
+    if all(sample.constant for sample in samples):
+        raise LayerError(
+            item.layer.name,
+            f"receives the same input in all {samples[0].inputs.shape[1]} sampled rows, so nothing can be calibrated; check the "
+            "calibration data and its preprocessing, or exclude the layer",
+        )
     inputs, targets = torch.cat([s.inputs for s in samples], dim=1), torch.cat([s.targets for s in samples], dim=1)
     fit, held_out = split_rows(inputs, targets, torch.cat([s.held_out for s in samples]))
     weight = item.layer.operator.to_matrix(_float_weight(item))

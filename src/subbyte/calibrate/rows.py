@@ -131,11 +131,10 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
         take = torch.where(mask, min(per_held, positions), min(per_fit, positions))
         which = torch.arange(samples).repeat_interleave(take)
         rank = torch.arange(len(which)) - (take.cumsum(0) - take).repeat_interleave(take)
-        # rank-th of `take` positions: a random start, then equal strides, so that no position repeats inside a sample
+        # rank-th of `take` positions: one in each of `take` equal parts, all moved by a random start, so that none repeats inside a sample
         start = torch.randint(0, positions, (samples,), generator=generator)[which]
-        jitter = torch.rand(len(which), generator=generator)
-        stride = positions / take[which]
-        place = (start + ((rank + jitter) * stride).long().clamp(max=positions - 1)) % positions
+        first, after = rank * positions // take[which], (rank + 1) * positions // take[which]
+        place = (start + first + (torch.rand(len(which), generator=generator) * (after - first)).long()) % positions
         indices.append(RowIndex(which, place, mask[which]))
     if held_samples == 0 and len(indices) == 1 and len(indices[0].samples) > 1:
         only = indices[0]

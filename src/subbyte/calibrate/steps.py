@@ -105,8 +105,9 @@ def least_output_error(
     stacked = torch.cat([weight, targets.mT], dim=2)  # the same sketch for both
     stacked = sketched(stacked, generator)
     weight, targets = stacked[..., :n], stacked[..., n:].mT.contiguous()
+    targets -= targets.mean(dim=1, keepdim=True)
     costs = []
     for scale, zero_point in candidates:
         error = torch.baddbmm(targets, fake_quantize(inputs, scale, zero_point, grid), weight.mT, alpha=-1)
-        costs.append(error.square().sum() - error.sum(dim=1).square().sum() / error.shape[1])
+        costs.append((error - error.mean(dim=1, keepdim=True)).square_().sum())
     return candidates[int(torch.stack(costs).argmin())]

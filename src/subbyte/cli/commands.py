@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -61,6 +60,7 @@ from subbyte.errors import DataError, OptionError
 from subbyte.model.batches import DEFAULT_BATCH_SIZE
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
+from subbyte.model.replace import copy_of
 from subbyte.run.terminal import progress
 from subbyte.tasks import Preprocessing, load_labels, load_samples
 
@@ -148,8 +148,8 @@ def inspect(
             batch = load_samples(data, preprocessing, limit=samples, key=key)
         else:
             batch = torch.randn(shape_from(input_shape or ""), generator=torch.Generator().manual_seed(0))
-        found, output = survey(float_model, [batch], include or ("*",), exclude or ())
-        folds = fold_batch_norms_(copy.deepcopy(float_model), found.layers, batch, output)
+        found, _ = survey(float_model, [batch], include or ("*",), exclude or ())
+        folds = fold_batch_norms_(copy_of(float_model), found.layers, [batch])
     typer.echo(as_json(survey_data(found, folds)) if as_json_object else survey_text(found, folds))
 
 

@@ -16,7 +16,6 @@ nothing from the file.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -38,7 +37,7 @@ from subbyte.export.bits import pack, packed_size, unpack
 from subbyte.model.fold import Fold
 from subbyte.model.operators import Convolution, operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
-from subbyte.model.replace import replace_module_
+from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.grid import Grid
 
 FORMAT_VERSION = 1
@@ -69,9 +68,28 @@ def structure_of(model: nn.Module) -> str:
     Returns:
         32 hexadecimal digits.
     """
-    state = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
+    state = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state_tensors(model).items()]
     operators = [(name, repr(operator)) for name, module in model.named_modules() if (operator := operator_of(module))]
     return hashlib.blake2b(repr((sorted(state), sorted(operators))).encode(), digest_size=16).hexdigest()
+
+
+def state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of a model's state by name, any shape; what else a module puts there (`get_extra_state`) is left out.
+
+    Args:
+        model: any module.
+    """
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; what stands under several names counts once.
+
+    Args:
+        model: any module.
+    """
+    distinct = {id(tensor): tensor for tensor in state_tensors(model).values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
 
 
 def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> PackedModel:
@@ -264,11 +282,11 @@ def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, count:
 
 
 def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
-    model = copy.deepcopy(into).eval()
+    model = copy_of(into).eval()
     state = {name: tensor for name, tensor in packed.tensors.items() if not name.startswith(PREFIX)}
     for _layer, batch_norm in packed.metadata["folds"]:
-        replace_module_(model, model.get_submodule(batch_norm), nn.Identity())
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+        replace_module_(model, model.get_submodule(batch_norm), nn.Identity().eval())
+    device = next((tensor.device for tensor in state_tensors(model).values()), torch.device("cpu"))
     for name, layer_state in _layer_states(packed):
         module = model.get_submodule(name)
         operator = operator_of(module)
@@ -327,7 +345,7 @@ def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
 def _other_state(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     """The model's state without that of its quantized layers, under any of their names."""
     inside = {id(tensor) for layer in layers.values() for tensor in layer.state_dict(keep_vars=True).values()}
-    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in inside}
+    return {name: tensor for name, tensor in state_tensors(model).items() if id(tensor) not in inside}
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

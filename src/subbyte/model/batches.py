@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
         for tensor in tensors(batch):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DataError(f"calibration batch {index} holds NaN or infinite numbers; remove those samples or mend the preprocessing")
-    return batches
+    return tuple(map_tensors(batch, torch.Tensor.detach) for batch in batches)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -105,6 +105,20 @@ def select_samples(batch: Batch, chosen: Tensor) -> Batch:
     """
     count = sample_count(batch)
     return map_tensors(batch, lambda tensor: tensor[chosen.to(tensor.device)] if tensor.dim() and tensor.shape[0] == count else tensor)
+
+
+def probes(batches: Sequence[Batch]) -> list[Batch]:
+    """Two samples of up to eight batches, spread evenly: enough to see whether a change of the model changed what it computes.
+
+    Args:
+        batches: see `as_batches`.
+
+    Example:
+        >>> [probe.shape[0] for probe in probes(as_batches(torch.zeros(70, 3)))]
+        [2, 2, 2]
+    """
+    chosen = batches[:: -(-len(batches) // 8)]
+    return [select_samples(batch, torch.arange(sample_count(batch)) < 2) for batch in chosen]
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from subbyte.errors import ModelError
-from subbyte.model.batches import Batch, call, tensors
+from subbyte.model.batches import Batch, call, probes, tensors
 from subbyte.model.layers import Layer
 from subbyte.model.operators import operator_of
 from subbyte.model.replace import replace_module_
@@ -39,14 +39,13 @@ class Fold:
     batch_norm: str
 
 
-def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batch: Batch, output: object) -> tuple[Fold, ...]:
+def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> tuple[Fold, ...]:
     """Fold every batch norm that can be folded.
 
     Args:
         model: float model in evaluation mode; is changed in place.
         layers: its layers, from `layers.survey`.
-        batch: what to run it on.
-        output: what the unchanged model returned for `batch`.
+        batches: what to run it on before and after; two samples of a few batches do.
 
     Returns:
         What was folded.
@@ -60,24 +59,27 @@ def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batch: Batch, o
     Example:
         >>> from subbyte.model.layers import survey
         >>> net, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval(), torch.randn(4, 1, 5, 5)
-        >>> found, output = survey(net, [x])
-        >>> fold_batch_norms_(net, found.layers, x, output)
+        >>> found, _ = survey(net, [x])
+        >>> fold_batch_norms_(net, found.layers, [x])
         (Fold(layer='0', batch_norm='1'),)
         >>> net[1]
         Identity()
     """
-    folds = _readers(model, layers, batch)
+    folds = _readers(model, layers, batches[0])
+    # a batch that the unchanged model does not accept proves nothing; the calibration pass reports it, with the layer's name
+    batches = [batch for batch in probes(batches) if _runs(model, batch)] or batches[:1]
+    before = _outputs(model, batches)
     undo = [_apply_(model, fold) for fold in folds]
-    if _same(model, batch, output):
+    if _same(model, batches, before):
         return tuple(folds)
     for step in reversed(undo):
         step.back_(model)
-    if not _same(model, batch, output):
+    if not _same(model, batches, before):
         raise ModelError("the model returns something else each time it runs on the same batch; switch dropout and other randomness off")
     kept = []
     for fold in folds:  # one of them is wrong: try each alone
         step = _apply_(model, fold)
-        if _same(model, batch, output):
+        if _same(model, batches, before):
             kept.append(fold)
         else:
             step.back_(model)
@@ -111,6 +113,7 @@ class _Undo:
 def _readers(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[Fold]:
     """Pairs of a layer and the one batch norm that received the very object which the layer returned, each called once."""
     names = {model.get_submodule(layer.name): layer.name for layer in layers if layer.calls == 1}
+    outputs = {layer.name: layer.outputs for layer in layers}
     norms = {module: name for name, module in model.named_modules() if _is_plain_batch_norm(module)}
     left: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id stays its own
     found: list[tuple[str, str]] = []
@@ -119,7 +122,9 @@ def _readers(model: nn.Module, layers: Sequence[Layer], batch: Batch) -> list[Fo
         left[id(output)] = (names[module], output)
 
     def enters(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        found.append((left[id(args[0])][0] if args and id(args[0]) in left else "", norms[module]))
+        layer = left[id(args[0])][0] if args and id(args[0]) in left else ""
+        fits = layer and isinstance(module, _BatchNorm) and module.num_features == outputs[layer]
+        found.append((layer if fits else "", norms[module]))
 
     handles = [module.register_forward_hook(leaves) for module in names]
     handles += [module.register_forward_pre_hook(enters) for module in norms]
@@ -147,7 +152,7 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
     beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
     factor = gamma / torch.sqrt(norm.running_var + norm.eps)
-    undo = _Undo(layer, weight, bias, norm, nn.Identity())
+    undo = _Undo(layer, weight, bias, norm, nn.Identity().train(norm.training))
     operator = operator_of(layer)
     assert operator is not None
     layer.weight = nn.Parameter(weight * operator.per_channel(factor, weight), requires_grad=False)
@@ -157,17 +162,26 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     return undo
 
 
-def _same(model: nn.Module, batch: Batch, output: object) -> bool:
+def _runs(model: nn.Module, batch: Batch) -> bool:
+    try:
+        _outputs(model, [batch])
+    except Exception:  # noqa: BLE001 - whatever it raises, it does not run
+        return False
+    return True
+
+
+def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+    with torch.no_grad():
+        return [tensor for batch in batches for tensor in tensors(call(model, batch))]
+
+
+def _same(model: nn.Module, batches: Sequence[Batch], before: Sequence[Tensor]) -> bool:
     """Whether the model still returns what it did, up to float32 rounding."""
     try:
-        with torch.no_grad():
-            now = list(tensors(call(model, batch)))
+        now = _outputs(model, batches)
     except Exception:  # noqa: BLE001 - whatever the fold broke, it is not the same
         return False
-    before = list(tensors(output))
-    if len(now) != len(before):
-        return False
-    return all(_close(a, b) for a, b in zip(now, before, strict=True))
+    return len(now) == len(before) and all(_close(a, b) for a, b in zip(now, before, strict=True))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -9,10 +9,12 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from subbyte.errors import LayerError, ModelError, OptionError
-from subbyte.model.batches import Batch, call, describe
-from subbyte.model.operators import Operator, operator_of
+from subbyte.model.batches import Batch, call, describe, tensors
+from subbyte.model.operators import Convolution, Operator, operator_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +95,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         ModelError: if it is no eager module, is scripted or compiled, or is in training mode.
-        LayerError: if a parameter or buffer is half or double precision, NaN or infinite.
+        LayerError: if a parameter or buffer is half or double precision, NaN or infinite, or has no numbers yet.
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"the model is a torch.nn.Module, not {type(model).__name__}")
@@ -102,9 +104,17 @@ def check_model(model: nn.Module) -> None:
             raise ModelError(f"'{name or type(model).__name__}' is scripted or traced; pass the eager model that it was made from")
         if hasattr(module, "_orig_mod"):
             raise ModelError(f"'{name or type(model).__name__}' is compiled by torch.compile; pass the eager model (its `_orig_mod`)")
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise ModelError(f"'{name or type(model).__name__}' is compiled in place; pass the eager model, before module.compile()")
         if module.training:
             raise ModelError(f"'{name or type(model).__name__}' is in training mode; call model.eval() first")
+    _check_numbers(model)
+
+
+def _check_numbers(model: nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_meta or is_lazy(tensor):
+            raise LayerError(name, "has no numbers yet (meta device or lazy module); load the trained weights first")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise LayerError(name, f"is {str(tensor.dtype).removeprefix('torch.')}; convert the model with model.float() first")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -135,7 +145,9 @@ def survey(
         >>> found.layers[0].name, found.layers[0].macs
         ('0', 6)
     """
-    candidates = {name: (module, operator) for name, module in model.named_modules() if (operator := operator_of(module))}
+    candidates = {
+        name: (module, operator) for name, module in model.named_modules() if (operator := operator_of(module)) and not _is_dressed(module)
+    }
     for pattern in (*include, *exclude) if candidates else ():
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise OptionError(f"no layer matches '{pattern}'; the layers are {', '.join(candidates) or 'none'}")
@@ -193,9 +205,12 @@ def _record_calls(model: nn.Module, batch: Batch, modules: dict[str, nn.Module])
         return record
 
     handles = [module.register_forward_pre_hook(recorder(name), with_kwargs=True) for name, module in modules.items()]
+    versions = [tensor._version for tensor in tensors(batch)]
     try:
         with torch.no_grad():
             output = call(model, batch)
+        if versions != [tensor._version for tensor in tensors(batch)]:
+            raise ModelError("the model writes into its input (an in-place operation on it); let it work on input.clone()")
     except ModelError:
         raise
     except Exception as error:  # noqa: BLE001 - adds where the user's model failed
@@ -246,6 +261,11 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
 def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor], model: nn.Module) -> Layer:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, Tensor)
+    if not name:
+        raise ModelError(f"the model is itself one {type(module).__name__}; wrap it, torch.nn.Sequential(model), to have it quantized")
+    if isinstance(operator, Convolution) and inputs[0].dim() == operator.dimensions + 1:
+        shape = tuple(inputs[0].shape)
+        raise LayerError(name, f"receives one sample without a batch dimension, {shape}; calibration batches are (samples, ...)")
     groups, outputs, unknowns = operator.to_matrix(weight).shape
     positions = sum(operator.count(x)[1] for x in inputs)
     names = [other for other, found in model.named_modules(remove_duplicate=False) if found is module and other != name]
@@ -261,7 +281,7 @@ def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor
         unknowns=unknowns,
         input_shape=tuple(inputs[0].shape),
         positions=positions,
-        macs=groups * outputs * unknowns * positions,
+        macs=sum(operator.macs(x, weight) for x in inputs),
         calls=len(inputs),
         tied_with=tuple(tied),
     )
@@ -272,7 +292,16 @@ def _left_out(name: str, module: nn.Module, reason: str) -> LeftOut:
     return LeftOut(name or type(module).__name__, type(module).__name__, count, reason)
 
 
+def _is_dressed(module: nn.Module) -> bool:
+    """Whether hooks or parametrizations hang on a module, which its quantized counterpart would lose."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or is_parametrized(module)
+
+
 def _why_not(module: nn.Module) -> str:
+    if operator_of(module) is not None and is_parametrized(module):
+        return "is parametrized; torch.nn.utils.parametrize.remove_parametrizations first, to have it quantized"
+    if operator_of(module) is not None:
+        return "has forward hooks (weight_norm, spectral_norm or the user's); remove them first, to have it quantized"
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return f"{type(module).__name__} has a forward of its own, which is not torch's"
     return "not a linear or convolutional layer"

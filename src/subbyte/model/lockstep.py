@@ -137,7 +137,7 @@ class _Run:
         self.output: object = None
         self.finished = False
         self._inside = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._cancelled = False
         self._resumed = threading.Semaphore(0)
         self._paused = threading.Semaphore(0)
@@ -151,7 +151,8 @@ class _Run:
             self._resumed.release()
         self._paused.acquire()
         if self._error is not None:
-            raise self._named(self._error) from self._error
+            named = self._named(self._error)
+            raise named from (None if named is self._error else self._error)
 
     def cancel(self) -> None:
         """End the thread, wherever it is; returns when it has ended."""
@@ -181,14 +182,14 @@ class _Run:
                 self.output = call(self.forward.model, self.forward.batch)
         except _Cancelled:
             pass
-        except Exception as error:  # noqa: BLE001 - carried to the caller, who raises it
+        except BaseException as error:  # noqa: BLE001 - carried to the caller, who raises it
             self._error = error
         finally:
             self.finished = True
             self._paused.release()
 
-    def _named(self, error: Exception) -> SubbyteError:
-        if isinstance(error, SubbyteError):
+    def _named(self, error: BaseException) -> BaseException:
+        if isinstance(error, SubbyteError) or not isinstance(error, Exception):
             return error
         where = f"the model failed on batch {describe(self.forward.batch)}"
         if not self.layer:

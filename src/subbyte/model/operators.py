@@ -42,6 +42,15 @@ class Operator(ABC):
         """
 
     @abstractmethod
+    def macs(self, x: Tensor, weight: Tensor) -> int:
+        """Multiply-accumulate operations for one sample.
+
+        Args:
+            x: input, shape as the layer accepts it.
+            weight: the layer's weight shape.
+        """
+
+    @abstractmethod
     def rows(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
         """The inputs under chosen output positions.
 
@@ -112,6 +121,15 @@ class Linear(Operator):
             x: float (..., n); one dimension is one sample.
         """
         return (1, 1) if x.dim() == 1 else (x.shape[0], math.prod(x.shape[1:-1]))
+
+    def macs(self, x: Tensor, weight: Tensor) -> int:
+        """See `Operator`.
+
+        Args:
+            x: float (..., n).
+            weight: float (O, n).
+        """
+        return weight.numel() * self.count(x)[1]
 
     def rows(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
         """See `Operator`.
@@ -238,6 +256,15 @@ class Convolution(Operator):
         sizes = x.shape[-self.dimensions :]
         return (x.shape[0] if x.dim() == self.dimensions + 2 else 1), math.prod(self._output_sizes(tuple(sizes)))
 
+    def macs(self, x: Tensor, weight: Tensor) -> int:
+        """See `Operator`. A transposed convolution multiplies every input, not every output, with its kernel.
+
+        Args:
+            x: float (samples, C_in, ...) or (C_in, ...).
+            weight: float (C_out, C_in/G, ...) or, transposed, (C_in, C_out/G, ...).
+        """
+        return weight.numel() * (math.prod(x.shape[-self.dimensions :]) if self.transposed else self.count(x)[1])
+
     def rows(self, x: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
         """See `Operator`; `n` runs over input channels of the group, then over the kernel.
 
@@ -350,10 +377,13 @@ def operator_of(module: nn.Module) -> Operator | None:
         (Linear(), None)
     """
     forward = type(module).forward
+    if "forward" in vars(module):
+        return None
     if isinstance(module, nn.Linear) and forward is nn.Linear.forward:
         return Linear()
     convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
     for kind in convolutions:
-        if isinstance(module, kind) and forward is kind.forward:
+        inherited = forward is kind.forward and getattr(type(module), "_conv_forward", None) is getattr(kind, "_conv_forward", None)
+        if isinstance(module, kind) and inherited:
             return Convolution.of(module)
     return None

@@ -36,6 +36,10 @@ class QuantizedState:
     activation: tuple[Tensor, Tensor, Grid] | None
 
 
+def _be_called(module: nn.Module, args: object) -> None:
+    """Does nothing; that it is there is enough."""
+
+
 class QuantizedLayer(nn.Module):
     """Stands in for a Linear or convolution: float until `assign_` gives it codes, quantized from then on.
 
@@ -78,6 +82,8 @@ class QuantizedLayer(nn.Module):
         for name in ("codes", "scale", "zero_point", "activation_scale", "activation_zero_point"):
             self.register_buffer(name, None)
         self.train(module.training)
+        # torch.nn.TransformerEncoderLayer has a fast path that reads `weight` and never calls the layer, unless a hook hangs on it
+        self.register_forward_pre_hook(_be_called)
 
     @property
     def is_quantized(self) -> bool:

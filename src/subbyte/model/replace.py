@@ -1,8 +1,12 @@
-"""Exchange modules of a model by name, wherever they hang in it."""
+"""Copy a model, and exchange modules in it, wherever they hang."""
 
 from __future__ import annotations
 
+import copy
+
 from torch import nn
+
+from subbyte.errors import ModelError
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -27,3 +31,18 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         raise KeyError(f"{type(model).__name__} holds no such {type(old).__name__}")
     for parent, name in places:
         setattr(parent, name, new)
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Args:
+        model: any module.
+
+    Raises:
+        ModelError: if something in it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(model)
+    except (TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+        raise ModelError(f"the model cannot be copied: {error}; take what cannot be copied (locks, files, sessions) out of it") from error
