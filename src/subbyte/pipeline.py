@@ -54,6 +54,7 @@ def quantize(
         Hubara et al., arXiv 2006.10518, section 3, with the changes that docs/design.md names.
 
     Example:
+        >>> import torch
         >>> float_model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
         >>> result = quantize(float_model, torch.randn(64, 3, 8, 8), widths=Widths(4, 4, pinned={"0": 8}))
         >>> result.allocation

@@ -108,7 +108,7 @@ def select_samples(batch: Batch, chosen: Tensor) -> Batch:
 
 
 def probes(batches: Sequence[Batch]) -> list[Batch]:
-    """Two samples of up to eight batches, spread evenly: enough to see whether a change of the model changed what it computes.
+    """Two samples of up to four batches, spread evenly: enough to see whether a change of the model changed what it computes.
 
     Args:
         batches: see `as_batches`.
@@ -117,7 +117,7 @@ def probes(batches: Sequence[Batch]) -> list[Batch]:
         >>> [probe.shape[0] for probe in probes(as_batches(torch.zeros(70, 3)))]
         [2, 2, 2]
     """
-    chosen = batches[:: -(-len(batches) // 8)]
+    chosen = batches[:: -(-len(batches) // 4)]
     return [select_samples(batch, torch.arange(sample_count(batch)) < 2) for batch in chosen]
 
 

@@ -10,6 +10,7 @@ That nothing else reads it is proved by comparing the model's outputs before and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -66,20 +67,18 @@ def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequen
         Identity()
     """
     folds = _readers(model, layers, batches[0])
-    # a batch that the unchanged model does not accept proves nothing; the calibration pass reports it, with the layer's name
-    batches = [batch for batch in probes(batches) if _runs(model, batch)] or batches[:1]
-    before = _outputs(model, batches)
+    before = _outputs_of_those_that_run(model, probes(batches)) or _outputs_of_those_that_run(model, batches[:1])
     undo = [_apply_(model, fold) for fold in folds]
-    if _same(model, batches, before):
+    if _same(model, before):
         return tuple(folds)
     for step in reversed(undo):
         step.back_(model)
-    if not _same(model, batches, before):
+    if not _same(model, before):
         raise ModelError("the model returns something else each time it runs on the same batch; switch dropout and other randomness off")
     kept = []
     for fold in folds:  # one of them is wrong: try each alone
         step = _apply_(model, fold)
-        if _same(model, batches, before):
+        if _same(model, before):
             kept.append(fold)
         else:
             step.back_(model)
@@ -162,26 +161,30 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     return undo
 
 
-def _runs(model: nn.Module, batch: Batch) -> bool:
-    try:
-        _outputs(model, [batch])
-    except Exception:  # noqa: BLE001 - whatever it raises, it does not run
-        return False
-    return True
+def _outputs_of_those_that_run(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, list[Tensor]]]:
+    """Batches and the model's outputs. One that the unchanged model does not accept proves nothing: the calibration pass will report it."""
+    found = []
+    for batch in batches:
+        with contextlib.suppress(Exception):
+            found.append((batch, _outputs(model, batch)))
+    return found
 
 
-def _outputs(model: nn.Module, batches: Sequence[Batch]) -> list[Tensor]:
+def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        return [tensor for batch in batches for tensor in tensors(call(model, batch))]
+        return list(tensors(call(model, batch)))
 
 
-def _same(model: nn.Module, batches: Sequence[Batch], before: Sequence[Tensor]) -> bool:
+def _same(model: nn.Module, before: Sequence[tuple[Batch, list[Tensor]]]) -> bool:
     """Whether the model still returns what it did, up to float32 rounding."""
-    try:
-        now = _outputs(model, batches)
-    except Exception:  # noqa: BLE001 - whatever the fold broke, it is not the same
-        return False
-    return len(now) == len(before) and all(_close(a, b) for a, b in zip(now, before, strict=True))
+    for batch, expected in before:
+        try:
+            now = _outputs(model, batch)
+        except Exception:  # noqa: BLE001 - whatever the fold broke, it is not the same
+            return False
+        if len(now) != len(expected) or not all(_close(a, b) for a, b in zip(now, expected, strict=True)):
+            return False
+    return True
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
