@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and those it has are not measured again")
     parser.add_argument("--table", type=Path, help="print the table of such a file and stop")
-    parser.add_argument("--one", nargs=5, metavar=("NETWORK", "W", "A", "SEED", "SAMPLES"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=6, metavar=("NETWORK", "W", "A", "SEED", "SAMPLES", "FLOAT_TOP1"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        network, *numbers = options.one
-        print(json.dumps(measure(network, *map(int, numbers))))
+        network, *numbers, float_top1 = options.one
+        print(json.dumps(measure(network, *map(int, numbers)) | {"float_top1": float(float_top1)}))
         return
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))
@@ -57,12 +57,14 @@ def main() -> None:
     rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
     known = {(row["network"], row["weight_bits"], row["activation_bits"], row["seed"], row["samples"]) for row in rows}
     for network in options.network or ROWS:
+        task = TASKS[network](samples=1)
+        float_top1 = round(task.score(task.model), 4)
         widths = [tuple(map(int, options.widths.split(",")))] if options.widths else ROWS[network]
         for weight_bits, activation_bits in widths:
             for seed in map(int, options.seeds.split(",")):
                 if (network, weight_bits, activation_bits, seed, options.samples) in known:
                     continue
-                rows.append(in_own_process(network, weight_bits, activation_bits, seed, options.samples))
+                rows.append(in_own_process(network, weight_bits, activation_bits, seed, options.samples, float_top1))
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
                 if options.out:
                     options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ def main() -> None:
     print(table(rows))
 
 
-def in_own_process(network: str, *numbers: int) -> dict[str, float]:
+def in_own_process(network: str, *numbers: float) -> dict[str, float]:
     """One row, measured in a process of its own so that its peak memory is its own."""
     command = [sys.executable, __file__, "--one", network, *map(str, numbers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": str(THREADS)})
@@ -96,7 +98,6 @@ def measure(network: str, weight_bits: int, activation_bits: int, seed: int, sam
         "activation_bits": activation_bits,
         "seed": seed,
         "samples": samples,
-        "float_top1": round(task.score(task.model), 4),
         "top1": round(task.score(result.model), 4),
         "rounding_top1": round(task.score(rounded.model), 4),
         "float_bytes": result.float_bytes,

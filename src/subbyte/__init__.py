@@ -1,5 +1,7 @@
 """subbyte: post-training quantization below eight bits, from a trained model and a few hundred unlabeled samples."""
 
+from subbyte.calibrate.adaquant import AdaQuant
+from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import KLDivergence, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour
@@ -15,6 +17,8 @@ from subbyte.result import Result
 from subbyte.widths import Widths
 
 __all__ = [
+    "AdaQuant",
+    "AdaRound",
     "DataError",
     "FileError",
     "Flavour",

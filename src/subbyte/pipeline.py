@@ -7,8 +7,10 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.loss import check_output
-from subbyte.calibrate.passes import CalibrationSet, calibrate_, prepare
+from subbyte.calibrate.models import prepare
+from subbyte.calibrate.passes import calibrate_
 from subbyte.calibrate.rows import held_out_samples
 from subbyte.calibrate.whole import guard_whole_
 from subbyte.export.packed import state_bytes, structure_of

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from subbyte.calibrate.guard import Judged
-from subbyte.calibrate.passes import CalibratedLayer
+from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.whole import Measured
 from subbyte.export.bits import packed_size
 from subbyte.export.packed import pack_model, to_bytes, write_file

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 
+from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.loss import OutputLoss, measure
-from subbyte.calibrate.passes import CalibrationSet, Models, assign_
+from subbyte.calibrate.models import Models, assign_
 from subbyte.errors import ModelError
 from subbyte.model.batches import call, select_samples
 from subbyte.run.events import Observer, StageFinished, StageStarted

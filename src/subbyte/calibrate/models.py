@@ -1,0 +1,113 @@
+"""The float model and its quantized copy, layer beside layer, and how solutions get into the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from subbyte.calibrate.problem import LayerSolution
+from subbyte.model.layers import Layer
+from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
+from subbyte.model.replace import copy_of, replace_module_
+from subbyte.quantizers.grid import Grid
+
+
+@dataclass(frozen=True, eq=False)
+class CalibratedLayer:
+    """A layer, the modules that stand for it, and its grids.
+
+    Args:
+        layer: what it is.
+        original: the float module, batch norm folded.
+        quantized: the module that takes the codes, in the quantized model.
+        weight_grid: grid of its weights.
+        activation_grid: grid of its input, or None.
+    """
+
+    layer: Layer
+    original: nn.Module
+    quantized: QuantizedLayer
+    weight_grid: Grid
+    activation_grid: Grid | None
+
+    def float_weight(self) -> Tensor:
+        """`W` of the float module, float32 (G, O, n)."""
+        weight = self.original.weight
+        assert isinstance(weight, Tensor)
+        return self.layer.operator.to_matrix(weight.detach())
+
+    def float_bias(self) -> Tensor:
+        """`b` of the float module, float32 (G, O); zeros where it has none."""
+        weight, bias = self.float_weight(), self.original.bias
+        return bias.detach().view(weight.shape[:2]) if isinstance(bias, Tensor) else weight.new_zeros(weight.shape[:2])
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The float model, and its copy in which every layer is a `QuantizedLayer`.
+
+    Args:
+        original: with batch norms folded.
+        quantized: the copy, whose layers get their codes.
+        layers: in running order.
+    """
+
+    original: nn.Module
+    quantized: nn.Module
+    layers: tuple[CalibratedLayer, ...]
+
+
+def prepare(original: nn.Module, layers: Sequence[Layer], options: Mapping[str, tuple[int, int | None]], *, symmetric: bool) -> Models:
+    """A float model beside a copy of it in which every layer is a `QuantizedLayer`, still without codes.
+
+    Args:
+        original: float model, batch norms folded; is not changed.
+        layers: what will be quantized, in running order.
+        options: `(weight bits, activation bits or None)` by layer name.
+        symmetric: whether weight grids are symmetric.
+    """
+    quantized = copy_of(original)
+    items = []
+    for layer in layers:
+        old = quantized.get_submodule(layer.name)
+        new = QuantizedLayer(old, layer.operator)
+        replace_module_(quantized, old, new)
+        weight_bits, activation_bits = options[layer.name]
+        activation_grid = None if activation_bits is None else Grid(activation_bits)
+        weight_grid = Grid(weight_bits, symmetric=symmetric)
+        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid))
+    return Models(original, quantized, tuple(items))
+
+
+def assign_(models: Models, solutions: Mapping[str, LayerSolution]) -> None:
+    """Give layers of the quantized model their codes.
+
+    Args:
+        models: `models.quantized` is changed in place.
+        solutions: by layer name; layers that are not named keep what they have.
+    """
+    for item in models.layers:
+        if item.layer.name in solutions:
+            item.quantized.assign_(state_of(item, solutions[item.layer.name]))
+
+
+def state_of(item: CalibratedLayer, solution: LayerSolution) -> QuantizedState:
+    """A solution in the shapes of the layer.
+
+    Args:
+        item: the layer.
+        solution: of its problem; tensors as its docstring says.
+    """
+    activation = None
+    if item.activation_grid is not None and solution.activation is not None:
+        activation = (*solution.activation, item.activation_grid)
+    return QuantizedState(
+        codes=item.layer.operator.from_matrix(solution.codes),
+        scale=solution.scale.flatten(),
+        zero_point=solution.zero_point.flatten(),
+        bias=solution.bias.flatten(),
+        weight_grid=item.weight_grid,
+        activation=activation,
+    )
