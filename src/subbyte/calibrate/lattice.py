@@ -9,8 +9,9 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` that m
 
     (w* - s v)^T H (w* - s v)
 
-1. the step: the best of many clippings, weighted by `diag H`;
-2. column by column with error feedback through the Cholesky factor of `H^-1`, largest `H_jj` first;
+1. the step: the best of many clippings, weighted by `diag H`, and a few around it;
+2. for each of them column by column with error feedback through the Cholesky factor of `H^-1`, largest `H_jj` first; every output channel
+   keeps the step with the lowest objective;
 3. coordinate descent: in every output channel the one code moves whose move lowers the objective most, until none does;
 4. the step in closed form, `s = v^T H w* / v^T H v`; 3 and 4 repeat while codes move;
 5. the input's step is searched again, now against the quantized weight, while the error on held-out rows falls.
@@ -42,6 +43,7 @@ class Lattice(Solver):
         ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose real weights do best on held-out rows is taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
+        step_ratios: steps to start from, as multiples of the one that step 1 finds.
         rounds: how often steps 3 and 4 alternate, at most.
         activation_rounds: how often step 5 is tried, at most.
 
@@ -60,12 +62,16 @@ class Lattice(Solver):
     ridges: tuple[float, ...] = (0.03, 0.3, 3.0)
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
+    step_ratios: tuple[float, ...] = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
     rounds: int = 4
     activation_rounds: int = 2
 
     def __post_init__(self) -> None:
-        if not self.ridges or not all(ridge > 0 for ridge in self.ridges) or self.rounds < 1 or self.activation_rounds < 0:
-            raise OptionError(f"Lattice needs positive ridges, at least one round and no negative activation_rounds, not {self}")
+        positive = all(number > 0 for number in (*self.ridges, *self.step_ratios))
+        if not self.ridges or not self.step_ratios or not positive or self.rounds < 1 or self.activation_rounds < 0:
+            raise OptionError(
+                f"Lattice needs positive ridges and step_ratios, a round or more and no negative activation_rounds, not {self}"
+            )
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.
@@ -106,7 +112,7 @@ class Lattice(Solver):
         if start is None:
             scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
             low, high = (grid.lowest - zero)[..., None].float(), (grid.highest - zero)[..., None].float()
-            levels = error_feedback(optimum, hessian, scale, low, high)
+            scale, levels = self._best_start(optimum, hessian, scale, (low, high))
         else:
             scale, zero = start.scale, start.zero_point
             low, high = (grid.lowest - zero)[..., None].float(), (grid.highest - zero)[..., None].float()
@@ -121,6 +127,19 @@ class Lattice(Solver):
         bias = (moments.mean_y - (weight.double() @ moments.mean_x[..., None])[..., 0]).float()
         codes = (levels + zero[..., None]).to(torch.int16)
         return LayerSolution(codes, scale, zero, bias, activation, self.name)
+
+    def _best_start(self, optimum: Tensor, hessian: Tensor, scale: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Step 2 for several steps at once, as if each were further output channels; the best step and its codes for each channel."""
+        groups, outputs, n = optimum.shape
+        count = len(self.step_ratios)
+        steps = torch.cat([scale * ratio for ratio in self.step_ratios], dim=1)
+        optima, low, high = (value.repeat(1, count, 1) for value in (optimum, *ends))
+        levels = error_feedback(optima, hessian, steps, low, high)
+        error = optima.float() - levels * steps[..., None]
+        objective = ((error @ hessian.float()) * error).sum(dim=2).view(groups, count, outputs)
+        best = objective.argmin(dim=1, keepdim=True)
+        levels = levels.view(groups, count, outputs, n).gather(1, best[..., None].expand(-1, -1, -1, n))[:, 0]
+        return steps.view(groups, count, outputs).gather(1, best)[:, 0], levels
 
     def _least_squares(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`H` and `w*` for the ridge whose real weights have the least error on held-out rows."""

@@ -33,10 +33,10 @@ class RowSampling:
 
     Example:
         >>> RowSampling().wanted(groups=1, unknowns=576)
-        18432
+        36864
     """
 
-    rows_per_unknown: int = 32
+    rows_per_unknown: int = 64
     least_rows: int = 2048
     most_megabytes: float = 256.0
     held_out: float = 0.125

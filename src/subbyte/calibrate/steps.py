@@ -9,8 +9,8 @@ from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import Range
 
-SEARCH_ROWS = 2048
-SEARCH_NUMBERS = 1 << 20
+SEARCH_ROWS = 1024
+SEARCH_NUMBERS = 1 << 19
 SKETCH_OUTPUTS = 48
 
 

@@ -77,7 +77,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
         tensor([-1.0000,  0.5000,  2.5000])
     """
     zero = zero_point.to(x.dtype)
-    return (x / scale).round_().clamp_(grid.lowest - zero, grid.highest - zero).mul_(scale)
+    # numbers as ends of the clip: with tensors it takes three times as long
+    return (x / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest).sub_(zero).mul_(scale)
 
 
 def soft_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
