@@ -1,7 +1,7 @@
-"""By which loss should the whole model be judged on a few dozen held-out samples? Squared error agrees with the test images, KL divergence does not.
+"""By which loss should the whole model be judged on a few dozen held-out samples? By the one that agrees with the test images.
 
-Quantizes ResNet-20 at 4 bits, and measures the calibrated and the plainly rounded model by both losses, on the 32 held-out calibration samples
-(taken from the training set) and on 2,000 test images.
+Quantizes ResNet-20 at 4 bits, and measures the calibrated and the plainly rounded model by squared error and by KL divergence, on the 32
+held-out calibration samples (taken from the training set) and on 2,000 test images.
 
     python studies/guard_loss.py [--seeds 0,1,2]
 """

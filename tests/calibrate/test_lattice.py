@@ -258,7 +258,7 @@ def test_the_ridge_that_suits_unseen_rows_is_taken(make_problem: MakeProblem) ->
     ids=str,
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(OptionError, match="positive ridges, at least one round"):
+    with pytest.raises(OptionError, match="positive ridges and step_ratios, at least one round"):
         Lattice(**wrong)  # type: ignore[arg-type]
 
 

@@ -69,9 +69,8 @@ class Lattice(Solver):
     def __post_init__(self) -> None:
         positive = all(number > 0 for number in (*self.ridges, *self.step_ratios))
         if not self.ridges or not self.step_ratios or not positive or self.rounds < 1 or self.activation_rounds < 0:
-            raise OptionError(
-                f"Lattice needs positive ridges and step_ratios, a round or more and no negative activation_rounds, not {self}"
-            )
+            wanted = "positive ridges and step_ratios, at least one round and no negative activation_rounds"
+            raise OptionError(f"Lattice needs {wanted}, not {self}")
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.
