@@ -3,7 +3,7 @@
 from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.lattice import Lattice
-from subbyte.calibrate.loss import KLDivergence, RelativeSquaredError
+from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.round_to_nearest import RoundToNearest
@@ -11,6 +11,7 @@ from subbyte.calibrate.rows import RowSampling
 from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.packed import load
 from subbyte.pipeline import quantize
+from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
 from subbyte.recipes import Recipe, rounding
 from subbyte.result import Result
@@ -22,6 +23,7 @@ __all__ = [
     "DataError",
     "FileError",
     "Flavour",
+    "Grid",
     "KLDivergence",
     "Lattice",
     "LayerError",
@@ -31,6 +33,7 @@ __all__ = [
     "MinMax",
     "ModelError",
     "OptionError",
+    "OutputLoss",
     "Percentile",
     "Range",
     "Recipe",

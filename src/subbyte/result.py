@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
@@ -98,7 +99,7 @@ class Result:
         """`(weight bits, activation bits or None)` by layer name."""
         return {layer.name: (layer.weight_bits, layer.activation_bits) for layer in self.layers}
 
-    @property
+    @cached_property
     def size_bytes(self) -> int:
         """Bytes of the packed file, exactly as `save` writes it."""
         return len(self._content())
@@ -181,7 +182,7 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> L
         solver=kept.solver,
         error=judged.baseline_error if kept is judged.baseline else judged.error,
         baseline_error=judged.baseline_error,
-        rejected_error=judged.error if judged.rejected and judged.error > judged.baseline_error else None,
+        rejected_error=judged.error if judged.rejected and not judged.error <= judged.baseline_error else None,
         unknowns=judged.unknowns,
         equations=judged.equations,
         note=_note(layer),
@@ -222,8 +223,8 @@ def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured
     poor = [(name, j.unknowns, j.equations) for name, j in judged.items() if j.equations < j.unknowns]
     if poor:
         listed = ", ".join(f"{name} ({unknowns} unknowns, {equations} equations)" for name, unknowns, equations in poor)
-        warnings.append(f"too few samples to determine these layers, which stay close to their trained weights: {listed}")
-    rejected = [name for name, j in judged.items() if j.rejected and j.error > j.baseline_error]
+        warnings.append(f"too few samples to determine these layers, so that the ridge or plain rounding decides them: {listed}")
+    rejected = [name for name, j in judged.items() if j.rejected and not j.error <= j.baseline_error]
     if rejected:
         warnings.append(f"plain rounding was better on held-out rows and is kept in: {', '.join(rejected)}")
     if measured.held_out_samples == 0:

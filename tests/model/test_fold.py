@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from subbyte.errors import ModelError
-from subbyte.model.fold import Fold, fold_, fold_batch_norms_
+from subbyte.model.fold import Fold, fold_batch_norms_
 from subbyte.model.layers import survey
 
 
@@ -245,12 +245,3 @@ def test_hooks_are_gone_afterwards() -> None:
     model = trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
     folded(model, torch.randn(4, 3, 5, 5))
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
-
-
-def test_a_fold_repeats_on_a_copy() -> None:
-    first, second = (trained(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))) for _ in range(2))
-    second.load_state_dict(first.state_dict())
-    x = torch.randn(4, 3, 5, 5)
-    for fold in folded(first, x):
-        fold_(second, fold)
-    assert torch.equal(first(x), second(x))

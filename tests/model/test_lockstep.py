@@ -73,7 +73,7 @@ def test_outputs_are_bit_identical_to_plain_forwards(batches: list[Any]) -> None
     model = Net()
     with torch.no_grad():
         expected = [call(model, batch) for batch in batches]
-    with Lockstep(forwards(model, batches), ORDER) as lockstep:
+    with Lockstep(forwards(model, batches), ORDER, keep_outputs=True) as lockstep:
         stops = [(stop.layer, sorted(stop.runs)) for stop in lockstep]
     assert stops == [(name, list(range(len(batches)))) for name in ORDER]
     for given, reference in zip(lockstep.outputs(), expected, strict=True):
@@ -95,7 +95,7 @@ def test_inputs_are_what_the_layer_receives() -> None:
 
 def test_a_layer_changed_while_paused_is_what_goes_on() -> None:
     model, x = Net(), torch.randn(2, 3, 7, 7)
-    with Lockstep(forwards(model, [x, x]), ORDER) as lockstep:
+    with Lockstep(forwards(model, [x, x]), ORDER, keep_outputs=True) as lockstep:
         for stop in lockstep:
             if stop.layer == "conv2":
                 with torch.no_grad():
@@ -168,7 +168,7 @@ class Experts(nn.Module):
 def test_a_layer_that_some_batches_skip_stops_only_the_others() -> None:
     model, names = Experts().eval(), ("stem", "a", "b", "head")
     batches = [torch.ones(1, 4), -torch.ones(1, 4), torch.ones(1, 4)]
-    with Lockstep(forwards(model, batches, names), names) as lockstep:
+    with Lockstep(forwards(model, batches, names), names, keep_outputs=True) as lockstep:
         assert [(stop.layer, sorted(stop.runs)) for stop in lockstep] == [
             ("stem", [0, 1, 2]),
             ("a", [0, 2]),
@@ -182,7 +182,7 @@ def test_a_layer_that_some_batches_skip_stops_only_the_others() -> None:
 def test_a_batch_that_runs_layers_in_another_order_goes_through() -> None:
     model, names = Experts().eval(), ("stem", "a", "b", "head")
     batches = [torch.ones(1, 4), torch.zeros(1, 4)]
-    with Lockstep(forwards(model, batches, names), names) as lockstep:
+    with Lockstep(forwards(model, batches, names), names, keep_outputs=True) as lockstep:
         stops = [(stop.layer, sorted(stop.runs)) for stop in lockstep]
     assert sorted(stops) == sorted([("stem", [0, 1]), ("a", [0]), ("b", [1]), ("a", [1]), ("head", [0, 1])])
     with torch.no_grad():

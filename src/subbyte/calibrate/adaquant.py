@@ -73,7 +73,18 @@ class AdaQuant(Solver):
     def authors(cls) -> AdaQuant:
         """The settings of the authors' release: absolute rates, no decay, last iterate."""
         start = RoundToNearest(weight_range=MinMax(), activation_range=MinMax())
-        return cls(start, 1000, 4096, 1e-5, 1e-3, 1e-3, 1e-1, relative=False, decay=False, checks=0)
+        return cls(
+            start=start,
+            iterations=1000,
+            batch_rows=4096,
+            weight_rate=1e-5,
+            bias_rate=1e-3,
+            weight_step_rate=1e-3,
+            activation_rate=1e-1,
+            relative=False,
+            decay=False,
+            checks=0,
+        )
 
     @torch.enable_grad()
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
@@ -99,7 +110,7 @@ class AdaQuant(Solver):
         best, least = start, relative_error(problem, start, problem.held_out) if self.checks else torch.inf
         rows = problem.fit.inputs.shape[1]
         for k in range(1, self.iterations + 1):
-            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), generator=generator).to(problem.weight.device)
+            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), device="cpu", generator=generator).to(problem.weight.device)
             optimizer.zero_grad()
             loss = (state.output(problem.fit.inputs[:, chosen]) - problem.fit.targets[:, chosen]).square().mean()
             loss.backward()

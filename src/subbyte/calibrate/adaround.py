@@ -1,7 +1,7 @@
 """AdaRound: learn for every weight whether it is rounded down or up. The paper's comparison.
 
     w^ = s clip(floor(w / s) + h(V)),    h(V) = clip(sigmoid(V) (zeta - gamma) + gamma, 0, 1)
-    minimise over V   mean || y - w^ q(x') - b ||^2 / mean ||y||^2 + strength * mean (1 - |2 h(V) - 1|^beta)
+    minimise over V   mean || y - w^ q(x') - b ||^2 / Var y + strength * mean (1 - |2 h(V) - 1|^beta)
 
 `beta` is annealed from large to small, which drives every `h` to 0 or 1; then codes are fixed. Steps, bias and the input's grid stay as
 plain rounding chose them.
@@ -76,10 +76,10 @@ class AdaRound(Solver):
         logits = torch.logit(share).requires_grad_()
         inputs = quantized_inputs(problem.fit.inputs, start.activation, problem.activation_grid)
         spread = problem.fit.targets.var(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
-        optimizer = torch.optim.Adam([logits], lr=self.rate)
+        optimizer, rows = torch.optim.Adam([logits], lr=self.rate), inputs.shape[1]
         low, high = grid.lowest - zero.float(), grid.highest - zero.float()
         for k in range(self.iterations):
-            chosen = torch.randint(0, inputs.shape[1], (min(self.batch_rows, inputs.shape[1]),), generator=generator).to(inputs.device)
+            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), device="cpu", generator=generator).to(inputs.device)
             up = _rectified_sigmoid(logits)
             weight = (floor + up).clamp(low, high) * scale
             error = torch.baddbmm(start.bias[:, None, :], inputs[:, chosen], weight.mT) - problem.fit.targets[:, chosen]

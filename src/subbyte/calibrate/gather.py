@@ -32,7 +32,7 @@ class CalibrationSet:
 
 
 @dataclass(frozen=True, eq=False)
-class Sample:
+class StopRows:
     """Rows of one stop.
 
     Args:
@@ -50,7 +50,7 @@ class Sample:
     constant: bool
 
 
-def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling: RowSampling, *, sequential: bool) -> Sample:
+def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling: RowSampling, *, sequential: bool) -> StopRows:
     """Gather rows from every forward that waits at a layer.
 
     Args:
@@ -79,6 +79,7 @@ def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling:
             batch, x = describe(data.batches[index]), describe(stop.input(index))
             raise LayerError(layer.name, f"receives {x} from batch {batch}, which does not fit its weight {layer.weight_shape}")
     inputs = torch.cat(gathered, dim=1)
+    del gathered
     constant = inputs.shape[1] > 1 and bool((inputs == inputs[:, :1]).all())
     targets = torch.baddbmm(bias[:, None, :], inputs, weight.mT)
     if sequential:
@@ -88,10 +89,10 @@ def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling:
                 raise LayerError(layer.name, f"receives {shapes}; use Flavour.PARALLEL")
         inputs = torch.cat([gather_rows(operator, stop.input(index + count), row) for index, row in zip(here, rows, strict=True)], dim=1)
     held_out = torch.cat([row.held_out for row in rows])
-    return Sample(inputs, targets, held_out, sum(samples * positions for samples, positions in counts), constant)
+    return StopRows(inputs, targets, held_out, sum(samples * positions for samples, positions in counts), constant)
 
 
-def problem_of(item: CalibratedLayer, samples: Sequence[Sample]) -> LayerProblem:
+def problem_of(item: CalibratedLayer, samples: Sequence[StopRows]) -> LayerProblem:
     """The problem of a layer from the rows of all its stops.
 
     Args:
@@ -107,7 +108,9 @@ def problem_of(item: CalibratedLayer, samples: Sequence[Sample]) -> LayerProblem
             f"receives the same input in all {samples[0].inputs.shape[1]} sampled rows, so nothing can be calibrated; check the "
             "calibration data and its preprocessing, or exclude the layer",
         )
-    inputs, targets = torch.cat([s.inputs for s in samples], dim=1), torch.cat([s.targets for s in samples], dim=1)
+    inputs, targets = samples[0].inputs, samples[0].targets
+    if len(samples) > 1:
+        inputs, targets = torch.cat([s.inputs for s in samples], dim=1), torch.cat([s.targets for s in samples], dim=1)
     fit, held_out = split_rows(inputs, targets, torch.cat([s.held_out for s in samples]))
     return LayerProblem(
         name=item.layer.name,

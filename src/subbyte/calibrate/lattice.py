@@ -21,18 +21,21 @@ The ridge `lambda` pulls directions that the rows do not determine back to the t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from subbyte.calibrate.moments import Moments, moments_of
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, quantized_inputs, relative_error
+from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.steps import activation_step, least_output_error, weight_step
 from subbyte.errors import OptionError
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 COLUMN_BLOCK = 64
+CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Lattice(Solver):
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
         step_ratios: steps to start from, as multiples of the one that step 1 finds.
+        most_unknowns: layers with more weights in an output channel are left to plain rounding, since `H` has their square of numbers.
         rounds: how often steps 3 and 4 alternate, at most.
         activation_rounds: how often step 5 is tried, at most.
 
@@ -63,6 +67,7 @@ class Lattice(Solver):
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
     step_ratios: tuple[float, ...] = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
+    most_unknowns: int = 8192
     rounds: int = 4
     activation_rounds: int = 2
 
@@ -79,6 +84,9 @@ class Lattice(Solver):
             problem: the layer.
             generator: used by the searches for the input's step.
         """
+        if problem.unknowns > self.most_unknowns:
+            rounded = RoundToNearest(self.weight_range, self.activation_range).solve(problem, generator)
+            return replace(rounded, solver=f"{rounded.solver} ({problem.unknowns} unknowns are too many for {self.name})")
         grid = problem.activation_grid
         activation: tuple[Tensor, Tensor] | None = None
         if grid is not None:
@@ -111,7 +119,10 @@ class Lattice(Solver):
         if start is None:
             scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
             low, high = (grid.lowest - zero)[..., None].float(), (grid.highest - zero)[..., None].float()
-            scale, levels = self._best_start(optimum, hessian, scale, (low, high))
+            most = max(1, CHUNK_NUMBERS // (optimum.shape[2] * len(self.step_ratios)))
+            parts = [value.split(most, dim=1) for value in (optimum, scale, low, high)]  # output channels are independent
+            starts = [self._best_start(w, hessian, s, ends) for w, s, *ends in zip(*parts, strict=True)]
+            scale, levels = torch.cat([s for s, _ in starts], dim=1), torch.cat([v for _, v in starts], dim=1)
         else:
             scale, zero = start.scale, start.zero_point
             low, high = (grid.lowest - zero)[..., None].float(), (grid.highest - zero)[..., None].float()
@@ -127,7 +138,7 @@ class Lattice(Solver):
         codes = (levels + zero[..., None]).to(torch.int16)
         return LayerSolution(codes, scale, zero, bias, activation, self.name)
 
-    def _best_start(self, optimum: Tensor, hessian: Tensor, scale: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _best_start(self, optimum: Tensor, hessian: Tensor, scale: Tensor, ends: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Step 2 for several steps at once, as if each were further output channels; the best step and its codes for each channel."""
         groups, outputs, n = optimum.shape
         count = len(self.step_ratios)

@@ -14,7 +14,12 @@ from subbyte.model.batches import Batch, call, describe, tensors
 
 
 class OutputLoss(ABC):
-    """A distance between outputs; a mean over everything that it is shown."""
+    """A distance between outputs; a mean over everything that it is shown.
+
+    Example:
+        >>> isinstance(KLDivergence(temperature=2.0), OutputLoss)
+        True
+    """
 
     @abstractmethod
     def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +101,7 @@ def check_output(output: object) -> None:
         ModelError: if there is no floating-point tensor in it, or one holds NaN or infinite numbers.
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
-        raise ModelError(f"the float model returns NaN or infinite numbers for the first calibration batch: {describe(output)}")
+        raise ModelError(f"the float model returns NaN or infinite numbers, {describe(output)}; leave out the part that makes them")
     if not _floats(output):
         raise ModelError(f"the model returns {describe(output)}, no floating-point tensor, so its outputs cannot be compared")
 

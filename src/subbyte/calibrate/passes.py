@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from subbyte.calibrate.gather import CalibrationSet, Sample, problem_of, sample_at
+from subbyte.calibrate.gather import CalibrationSet, StopRows, problem_of, sample_at
 from subbyte.calibrate.guard import Judged, solve_guarded
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_
 from subbyte.calibrate.problem import Solver
@@ -87,13 +87,13 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
 def _pass(
     models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet, method: Method, flavour: Flavour, observer: Observer
 ) -> dict[str, Judged]:
-    """Lockstep over all batches; layers are solved as soon as all their calls have been seen."""
+    """Lockstep over all batches; layers are solved as soon as they are reached, those called several times when all forwards have ended."""
     by_name = {item.layer.name: item for item in items}
     forwards = [Forward(models.original, batch, {item.layer.name: item.original for item in items}) for batch in data.batches]
     sequential = flavour is Flavour.SEQUENTIAL
     if sequential:
         forwards += [Forward(models.quantized, batch, {item.layer.name: item.quantized for item in items}) for batch in data.batches]
-    samples: dict[str, list[Sample]] = defaultdict(list)
+    samples: dict[str, list[StopRows]] = defaultdict(list)
     found: dict[str, Judged] = {}
 
     def solve(name: str) -> None:
@@ -101,15 +101,16 @@ def _pass(
         problem = problem_of(by_name[name], samples.pop(name))
         with naming_layer(name, f"weight {by_name[name].layer.weight_shape}"):
             found[name] = solve_guarded(problem, method.solver, method.baseline, generator_for(data.seed, f"solve {name}"))
-        assign_(models, {name: found[name].solution} if sequential else {})
+        if sequential:
+            assign_(models, {name: found[name].solution})
         observer(LayerSolved("calibrate", name, found[name].error, found[name].baseline_error, time.perf_counter() - started))
 
     with Lockstep(forwards, list(by_name)) as lockstep:
         for stop in lockstep:
             if stop.layer in found:
-                raise LayerError(stop.layer, "is called more often on later batches than on the first; use Flavour.PARALLEL")
+                raise LayerError(stop.layer, "is called more often on a later batch than on the first; put such a batch first, or exclude")
             samples[stop.layer].append(sample_at(by_name[stop.layer], stop, data, method.sampling, sequential=sequential))
-            if len(samples[stop.layer]) == by_name[stop.layer].layer.calls:
+            if by_name[stop.layer].layer.calls == 1:
                 solve(stop.layer)
     for name in list(samples):
         solve(name)

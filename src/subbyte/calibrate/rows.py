@@ -26,7 +26,7 @@ class RowSampling:
         rows_per_unknown: rows to fit on, for each weight of one output channel.
         least_rows: rows to fit on, at least, where the calibration set has them.
         most_megabytes: limit on the fitted rows' inputs of one layer, in float32, 10^6 bytes.
-        held_out: share of the samples that no solver sees, above 0 and at most 0.5.
+        held_out: share of the samples that nothing is fitted on, above 0 and at most 0.5; ridges and iterates are chosen by them.
 
     Raises:
         OptionError: if a value is outside its range.
@@ -89,7 +89,7 @@ def held_out_samples(counts: Sequence[int], share: float, seed: int) -> tuple[Te
     total = sum(counts)
     chosen = torch.zeros(total, dtype=torch.bool)
     if total > 1:
-        order = torch.randperm(total, generator=generator_for(seed, "held-out samples"))
+        order = torch.randperm(total, device="cpu", generator=generator_for(seed, "held-out samples"))
         chosen[order[: max(1, round(share * total))]] = True
     return tuple(chosen.split(list(counts)))
 
@@ -132,9 +132,9 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
         which = torch.arange(samples).repeat_interleave(take)
         rank = torch.arange(len(which)) - (take.cumsum(0) - take).repeat_interleave(take)
         # rank-th of `take` positions: one in each of `take` equal parts, all moved by a random start, so that none repeats inside a sample
-        start = torch.randint(0, positions, (samples,), generator=generator)[which]
+        start = torch.randint(0, positions, (samples,), device="cpu", generator=generator)[which]
         first, after = rank * positions // take[which], (rank + 1) * positions // take[which]
-        place = (start + first + (torch.rand(len(which), generator=generator) * (after - first)).long()) % positions
+        place = (start + first + (torch.rand(len(which), device="cpu", generator=generator) * (after - first)).long()) % positions
         indices.append(RowIndex(which, place, mask[which]))
     if held_samples == 0 and len(indices) == 1 and len(indices[0].samples) > 1:
         only = indices[0]
@@ -143,7 +143,10 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
 
 
 def _spread(mask: Tensor, samples: int) -> Tensor:
-    """The held-out mask of a batch, for a layer whose first dimension counts something else than the batch's samples."""
+    """The held-out mask of a batch, for a layer whose first dimension counts something else than the batch's samples.
+
+    Windows or tokens of one sample are taken to stand together. Where time comes first, early and late rows are told apart instead.
+    """
     if samples == len(mask):
         return mask
     return mask[torch.arange(samples) * len(mask) // samples]

@@ -57,7 +57,7 @@ def sketched(weight: Tensor, generator: torch.Generator) -> Tensor:
     outputs = weight.shape[1]
     if outputs <= SKETCH_OUTPUTS:
         return weight
-    signs = torch.randint(0, 2, (SKETCH_OUTPUTS, outputs), generator=generator).to(weight) * 2 - 1
+    signs = torch.randint(0, 2, (SKETCH_OUTPUTS, outputs), device="cpu", generator=generator).to(weight) * 2 - 1
     sketch: Tensor = (signs / SKETCH_OUTPUTS**0.5) @ weight
     return sketch
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
-from subbyte.calibrate.loss import OutputLoss, measure
+from subbyte.calibrate.loss import OutputLoss, check_output, measure
 from subbyte.calibrate.models import Models, assign_
 from subbyte.errors import ModelError
-from subbyte.model.batches import call, select_samples
+from subbyte.model.batches import Batch, call, select_samples
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 
@@ -24,7 +26,8 @@ class Measured:
     Args:
         loss_name: what is measured, for example ``"KLDivergence"``.
         loss: of the model that is returned.
-        baseline_loss: of the model with plain rounding in every layer.
+        baseline_loss: of the model with plain rounding in every layer (in the sequential flavour with input steps that were chosen on what
+            arrives through the calibrated layers).
         rejected_loss: of the calibrated model, where it lost to plain rounding and was given up; else None.
         samples: calibration samples in all.
         held_out_samples: how many of them judged; 0 where there was only one sample, which then did both.
@@ -36,6 +39,16 @@ class Measured:
     rejected_loss: float | None
     samples: int
     held_out_samples: int
+
+
+def _judging(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Batch, object]:
+    """The held-out samples of a batch and what the float model returns for them; the whole batch where the model takes no part of it."""
+    with torch.no_grad():
+        if bool(mask.any()):
+            with contextlib.suppress(Exception):  # a fixed batch size, say
+                part = select_samples(batch, mask)
+                return part, call(model, part)
+        return batch, call(model, batch)
 
 
 def guard_whole_(models: Models, judged: Mapping[str, Judged], data: CalibrationSet, loss: OutputLoss, observer: Observer) -> Measured:
@@ -54,10 +67,14 @@ def guard_whole_(models: Models, judged: Mapping[str, Judged], data: Calibration
     started = time.perf_counter()
     observer(StageStarted("verify"))
     held = sum(int(mask.sum()) for mask in data.held_out)
-    chosen = [(batch, mask if held else torch.ones_like(mask)) for batch, mask in zip(data.batches, data.held_out, strict=True)]
-    batches = [select_samples(batch, mask) for batch, mask in chosen if bool(mask.any())]
-    with torch.no_grad():
-        references = [call(models.original, batch) for batch in batches]
+    judging = [
+        _judging(models.original, batch, mask)
+        for batch, mask in zip(data.batches, data.held_out, strict=True)
+        if bool(mask.any()) or not held
+    ]
+    batches, references = [batch for batch, _ in judging], [reference for _, reference in judging]
+    for reference in references:
+        check_output(reference)
     reached = measure(models.quantized, batches, references, loss)
     assign_(models, {name: j.baseline for name, j in judged.items()})
     plain = measure(models.quantized, batches, references, loss)

@@ -57,6 +57,7 @@ from subbyte.cli.options import (
 )
 from subbyte.cli.show import as_json, evaluation_text, result_data, survey_data, survey_text
 from subbyte.errors import DataError, OptionError
+from subbyte.export.packed import state_bytes
 from subbyte.model.batches import DEFAULT_BATCH_SIZE
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
@@ -189,7 +190,7 @@ def evaluate(
         inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
         reference = logits_of(float_model, inputs, batch_size, output)
         logits = None if quantized is None else logits_of(quantized, inputs, batch_size, output)
-    float_bytes = sum(tensor.numel() * tensor.element_size() for tensor in float_model.state_dict().values())
+    float_bytes = state_bytes(float_model)
     measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
 

@@ -41,6 +41,7 @@ from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.grid import Grid
 
 FORMAT_VERSION = 1
+LIBRARY_VERSION = version("subbyte")
 PREFIX = "subbyte."
 SIZE_DIGITS = 12  # that every number in the header is given room for which depends on the widths
 CHECKSUM_DIGITS = 32
@@ -111,17 +112,17 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     affine = [state.zero_point for state in states.values() if not state.weight_grid.symmetric]
     tensors = {
         "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in states.values()])),
-        "weight_scale": torch.cat([state.scale for state in states.values()]).cpu(),
-        "weight_zero_point": torch.cat([zero.to(torch.uint8) for zero in affine]).cpu() if affine else None,
-        "bias": torch.cat([state.bias for state in states.values()]).cpu(),
-        "activation_scale": torch.stack([scale for scale, _, _ in inputs]).cpu() if inputs else None,
-        "activation_zero_point": torch.stack([zero for _, zero, _ in inputs]).to(torch.uint8).cpu() if inputs else None,
+        "weight_scale": torch.cat([state.scale.cpu() for state in states.values()]),
+        "weight_zero_point": torch.cat([zero.to("cpu", torch.uint8) for zero in affine]) if affine else None,
+        "bias": torch.cat([state.bias.cpu() for state in states.values()]),
+        "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
+        "activation_zero_point": torch.stack([zero.to("cpu", torch.uint8) for _, zero, _ in inputs]) if inputs else None,
     }
     packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
     packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
     metadata = {
         "format_version": FORMAT_VERSION,
-        "library": version("subbyte"),
+        "library": LIBRARY_VERSION,
         "structure": structure,
         "folds": [[fold.layer, fold.batch_norm] for fold in folds],
         "names": list(states),
@@ -190,7 +191,8 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
 
     Args:
         path: of a file that `Result.save` wrote.
-        into: a float model of the same structure, as it was before quantization; its numbers do not matter, and it is not changed.
+        into: a float model of the same structure, as it was before quantization; its parameters and persistent buffers do not matter
+            (non-persistent buffers are its own), and it is not changed.
 
     Returns:
         A copy of `into` with the file's quantized layers, in evaluation mode; its outputs are bit-identical to `Result.model`'s.
@@ -242,7 +244,7 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
             if text[:CHECKSUM_DIGITS] != _checksum(text[CHECKSUM_DIGITS:], tensors):
                 raise ValueError("its checksum does not match its content")
             _check_packed(tensors, metadata)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise FileError(f"'{path}' is damaged: {error!r}; fetch or save it again") from error
     if found > FORMAT_VERSION:
         raise FileError(f"'{path}' has format {found}, this subbyte reads up to {FORMAT_VERSION}; install a newer subbyte")
@@ -251,6 +253,8 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
 
 def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Every length and range that the builder relies on; raises ValueError, KeyError or TypeError."""
+    if not isinstance(metadata["structure"], str) or not all(len(pair) == 2 for pair in metadata["folds"]):
+        raise ValueError("its structure or folds")
     columns = [metadata[key] for key in ("names", "shapes", "channels", "weight_bits", "weight_symmetric", "activation_bits")]
     code_bytes = channels = affine = inputs = 0
     for _name, shape, outputs, bits, symmetric, activation_bits in zip(*columns, strict=True):
@@ -286,7 +290,6 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     state = {name: tensor for name, tensor in packed.tensors.items() if not name.startswith(PREFIX)}
     for _layer, batch_norm in packed.metadata["folds"]:
         replace_module_(model, model.get_submodule(batch_norm), nn.Identity().eval())
-    device = next((tensor.device for tensor in state_tensors(model).values()), torch.device("cpu"))
     for name, layer_state in _layer_states(packed):
         module = model.get_submodule(name)
         operator = operator_of(module)
@@ -294,7 +297,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
             raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
         quantized = QuantizedLayer(module, operator)
         quantized.assign_(layer_state)
-        replace_module_(model, module, quantized.to(device).eval())
+        replace_module_(model, module, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]
     expected = _other_state(model, _quantized_layers(model))
     if set(expected) != set(state):
         raise FileError(f"the file's remaining state differs from the model's: {sorted(set(expected) ^ set(state))[:5]}")

@@ -14,6 +14,7 @@ from subbyte.errors import DataError
 Batch = Any
 
 DEFAULT_BATCH_SIZE = 32
+MOST_BATCHES = 1024  # each has a thread of its own
 
 
 def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
@@ -24,7 +25,8 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
             of batches, each a tensor, a tuple or list (positional arguments) or a mapping (keyword arguments) of the model.
 
     Raises:
-        DataError: if there is no sample, if a batch has no tensor with a sample dimension, or if a number in it is NaN or infinite.
+        DataError: if there is no sample or there are more than 1,024 batches, if a batch has no tensor with a sample dimension, or if a
+            number in it is NaN or infinite.
 
     Example:
         >>> [batch.shape[0] for batch in as_batches(torch.zeros(70, 3))]
@@ -33,10 +35,14 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
     if isinstance(data, Mapping | str | bytes) or not isinstance(data, Iterable):
         kind = type(data).__name__
         raise DataError(f"calibration data is a tensor or an iterable of batches, not {kind}; put a single batch into a list")
-    batches = tuple(data.split(DEFAULT_BATCH_SIZE)) if isinstance(data, Tensor) and data.dim() else tuple(data)
+    if isinstance(data, Tensor) and data.dim() == 0:
+        raise DataError("calibration data is a tensor (samples, ...), not a single number")
+    batches = tuple(data.split(DEFAULT_BATCH_SIZE)) if isinstance(data, Tensor) else tuple(data)
     batches = tuple(batch for batch in batches if not (isinstance(batch, Tensor) and batch.numel() == 0))
     if not batches:
         raise DataError("the calibration set is empty; a few hundred unlabeled samples are wanted, one is the least")
+    if len(batches) > MOST_BATCHES:
+        raise DataError(f"{len(batches)} calibration batches run at once, {MOST_BATCHES} are the most; put more samples into each batch")
     for index, batch in enumerate(batches):
         if sample_count(batch) == 0:
             raise DataError(f"calibration batch {index} holds no tensor with samples along dimension 0: {describe(batch)}")

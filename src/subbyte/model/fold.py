@@ -85,16 +85,6 @@ def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequen
     return tuple(kept)
 
 
-def fold_(model: nn.Module, fold: Fold) -> None:
-    """Fold one batch norm without proof: to repeat on a copy what `fold_batch_norms_` found.
-
-    Args:
-        model: is changed in place.
-        fold: what to fold.
-    """
-    _apply_(model, fold)
-
-
 @dataclass(frozen=True, eq=False)
 class _Undo:
     layer: nn.Module

@@ -16,6 +16,8 @@ from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, tensors
 from subbyte.model.operators import Convolution, Operator, operator_of
 
+IDLE_BATCHES = 4  # so many batches without a new layer, and those not yet called are taken to be never called
+
 
 @dataclass(frozen=True, eq=False)
 class Layer:
@@ -181,11 +183,12 @@ class _Calls:
 def _observe(model: nn.Module, batches: Sequence[Batch], modules: dict[str, nn.Module]) -> _Calls:
     """Calls in the first batch, and of layers that it skips in the first batch that does not; the output of the first batch."""
     first = _record_calls(model, batches[0], modules)
-    order, inputs = list(first.inputs), dict(first.inputs)
+    order, inputs, idle = list(first.inputs), dict(first.inputs), 0
     for batch in batches[1:]:
-        if len(order) == len(modules):
+        if len(order) == len(modules) or idle == IDLE_BATCHES:
             break
         later = _record_calls(model, batch, modules).inputs
+        idle = 0 if later.keys() - inputs else idle + 1
         order = _merged_order(order, list(later))
         inputs = later | inputs
     return _Calls({name: inputs[name] for name in order}, first.output)
@@ -263,7 +266,7 @@ def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor
     assert isinstance(weight, Tensor)
     if not name:
         raise ModelError(f"the model is itself one {type(module).__name__}; wrap it, torch.nn.Sequential(model), to have it quantized")
-    if isinstance(operator, Convolution) and inputs[0].dim() == operator.dimensions + 1:
+    if inputs[0].dim() == (operator.dimensions + 1 if isinstance(operator, Convolution) else 1):
         shape = tuple(inputs[0].shape)
         raise LayerError(name, f"receives one sample without a batch dimension, {shape}; calibration batches are (samples, ...)")
     groups, outputs, unknowns = operator.to_matrix(weight).shape

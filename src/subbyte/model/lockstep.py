@@ -77,6 +77,7 @@ class Lockstep:
     Args:
         forwards: what to run.
         order: names of the layers in running order.
+        keep_outputs: whether `outputs` will be asked for; else they are dropped as they come.
 
     Raises:
         LayerError: while iterating, if a model fails after it has reached a layer.
@@ -90,9 +91,9 @@ class Lockstep:
         [('0', 3), ('2', 3)]
     """
 
-    def __init__(self, forwards: Sequence[Forward], order: Sequence[str]) -> None:
+    def __init__(self, forwards: Sequence[Forward], order: Sequence[str], *, keep_outputs: bool = False) -> None:
         self._position = {name: index for index, name in enumerate(order)}
-        self._runs = [_Run(forward) for forward in forwards]
+        self._runs = [_Run(forward, keep_output=keep_outputs) for forward in forwards]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Lockstep:
@@ -122,15 +123,16 @@ class Lockstep:
             yield Stop(here, moving)
 
     def outputs(self) -> list[object]:
-        """What each forward returned, in the order in which they were given, once the iteration has ended."""
+        """What each forward returned, in the order in which they were given, once the iteration has ended; None unless they were kept."""
         return [run.output for run in self._runs]
 
 
 class _Run:
     """One forward in its thread, and the baton: exactly one of the thread and the caller runs at any time."""
 
-    def __init__(self, forward: Forward) -> None:
+    def __init__(self, forward: Forward, *, keep_output: bool) -> None:
         self.forward = forward
+        self._keep_output = keep_output
         self.thread = threading.Thread(target=self._main, name="subbyte-forward", daemon=True)
         self.layer = ""
         self.waiting: Tensor | None = None
@@ -164,6 +166,8 @@ class _Run:
 
     def pause(self, layer: str, x: Tensor) -> None:
         """In the thread: hand the baton to the caller and wait for it."""
+        if self._cancelled:  # the model has swallowed what should have ended it
+            raise _Cancelled
         self.layer, self.waiting = layer, x
         del x
         self._paused.release()
@@ -179,7 +183,8 @@ class _Run:
     def _main(self) -> None:
         try:
             with torch.no_grad():
-                self.output = call(self.forward.model, self.forward.batch)
+                output = call(self.forward.model, self.forward.batch)
+            self.output = output if self._keep_output else None
         except _Cancelled:
             pass
         except BaseException as error:  # noqa: BLE001 - carried to the caller, who raises it
