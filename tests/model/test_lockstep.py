@@ -1,4 +1,4 @@
-"""Paused forwards: bit-identical outputs, one at a time, nothing kept alive and no thread left behind."""
+"""Paused forwards: bit-identical outputs, one at a time, nothing kept alive and no forward left behind."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from greenlet import greenlet
 from torch import Tensor, nn
 
 from subbyte.errors import LayerError, ModelError
@@ -48,12 +49,8 @@ def forwards(model: nn.Module, batches: Sequence[Any], names: Sequence[str] = OR
     return [Forward(model, batch, layers) for batch in batches]
 
 
-def alive() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "subbyte-forward"]
-
-
 def check_nothing_left(model: nn.Module) -> None:
-    assert not alive()
+    """That no forward is left either is checked after every test, see conftest."""
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
 
 
@@ -212,6 +209,62 @@ def test_gradient_mode_of_the_caller_does_not_matter() -> None:
         assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_modes_that_a_model_sets_around_its_layers_stay_its_own(keep: bool) -> None:
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def modes(*_: object) -> tuple[bool, bool, bool]:
+        return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
+
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode():
+                x = self.a(x)
+                seen.append(modes())
+            x = x.clone()
+            with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cpu"):
+                self.b(x)
+                seen.append(modes())
+            seen.append(modes())
+            return self.c(x)
+
+    model, names = Moody().eval(), ("a", "b", "c")
+    with torch.set_grad_enabled(keep):
+        before = modes()
+        with Lockstep(forwards(model, [torch.ones(1, 4)] * 3, names), names) as lockstep:
+            for _ in lockstep:
+                assert modes() == before
+        assert modes() == before
+    expected = [(False, True, False), (True, False, True), (False, False, False)]
+    assert sorted(seen) == sorted(expected * 3)
+
+
+def test_modes_survive_an_early_end() -> None:
+    class Moody(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.inference_mode(), torch.autocast("cpu"):
+                return self.a(x)
+
+    model = Moody().eval()
+    with Lockstep(forwards(model, [torch.ones(1, 4)] * 3, ["a"]), ["a"]) as lockstep:
+        next(iter(lockstep))
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+def test_no_thread_is_started() -> None:
+    model, before = Net(), threading.active_count()
+    with Lockstep(forwards(model, [torch.ones(1, 3, 7, 7)] * 4), ORDER) as lockstep:
+        assert all(threading.active_count() == before for _ in lockstep)
+
+
 def test_a_stop_keeps_no_tensor_alive() -> None:
     model, stops, inputs = Net(), [], []
     with Lockstep(forwards(model, [torch.randn(1, 3, 7, 7) for _ in range(3)]), ORDER) as lockstep:
@@ -296,18 +349,20 @@ def test_a_model_that_exits_does_not_go_unnoticed() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError, GeneratorExit])
 @pytest.mark.parametrize("layer", ORDER)
-def test_an_error_in_the_callers_loop_ends_every_thread(error: type[BaseException], layer: str) -> None:
+def test_an_error_in_the_callers_loop_ends_every_forward(
+    error: type[BaseException], layer: str, paused_forwards: Callable[[], list[greenlet]]
+) -> None:
     model = Net()
     with pytest.raises(error):
         with Lockstep(forwards(model, [torch.ones(1, 3, 7, 7)] * 4), ORDER) as lockstep:
             for stop in lockstep:
                 if stop.layer == layer:
-                    assert len(alive()) == 4
+                    assert len(paused_forwards()) == 4
                     raise error("stop")
     check_nothing_left(model)
 
 
-def test_leaving_the_loop_ends_every_thread() -> None:
+def test_leaving_the_loop_ends_every_forward() -> None:
     model = Net()
     with Lockstep(forwards(model, [torch.ones(1, 3, 7, 7)] * 4), ORDER) as lockstep:
         next(iter(lockstep))
@@ -318,7 +373,7 @@ def test_leaving_the_loop_ends_every_thread() -> None:
 
 
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="only the main thread gets signals")
-def test_ctrl_c_while_a_forward_runs_ends_every_thread() -> None:
+def test_ctrl_c_while_a_forward_runs_ends_every_forward() -> None:
     def interrupt(name: str, x: Tensor) -> None:
         if name == "fc":
             os.kill(os.getpid(), signal.SIGINT)

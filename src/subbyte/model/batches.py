@@ -14,7 +14,7 @@ from subbyte.errors import DataError
 Batch = Any
 
 DEFAULT_BATCH_SIZE = 32
-MOST_BATCHES = 1024  # each has a thread of its own
+MOST_BATCHES = 1024  # each has a call stack of its own, and its input waits at every layer
 
 
 def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:

@@ -66,8 +66,8 @@ def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequen
         >>> net[1]
         Identity()
     """
-    folds = _readers(model, layers, batches[0])
     before = _outputs_of_those_that_run(model, probes(batches)) or _outputs_of_those_that_run(model, batches[:1])
+    folds = _readers(model, layers, before[0][0]) if before else []
     undo = [_apply_(model, fold) for fold in folds]
     if _same(model, before):
         return tuple(folds)

@@ -1,24 +1,28 @@
 """Lockstep forwards: run a model on every batch at once, pausing at every layer until all batches have arrived there.
 
-Each forward runs in a thread of its own and stops in a pre-hook in front of every layer. Only one thread runs at a time: the caller
-passes a baton, so that memory holds what is alive at one layer and the order is the same every time. When every forward has stopped, the
-one that stands at the earliest layer decides where the stop is; those that stand there are handed to the caller, who may look at their
-inputs and change the layer, and then go on. So one pass over the calibration set serves all layers, and later layers see what earlier
-layers have become.
+Each forward is a greenlet (a call stack of its own in the caller's thread) and switches back to the caller in a pre-hook in front of every
+layer. So only one runs at a time, memory holds what is alive at one layer, and the order is the same every time. When every forward has
+stopped, the one that stands at the earliest layer decides where the stop is; those that stand there are handed to the caller, who may look
+at their inputs and change the layer, and then go on. So one pass over the calibration set serves all layers, and later layers see what
+earlier layers have become.
+
+Threads would do too, but each one that has computed keeps a pool of OpenMP workers, and these are in each other's way: a third of the time
+of a whole run on two cores.
 
 * A layer that is called twice in a forward makes two stops.
 * A layer that some batches skip makes a stop with only the others.
-* An exception in a forward surfaces once, in the caller, with the layer's name; leaving the context ends all threads, also after Ctrl-C.
+* An exception in a forward surfaces once, in the caller, with the layer's name; leaving the context ends all forwards, also after Ctrl-C.
 """
 
 from __future__ import annotations
 
-import threading
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from subbyte.errors import LayerError, ModelError, SubbyteError
@@ -97,10 +101,10 @@ class Lockstep:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Lockstep:
-        by_thread = {run.thread: run for run in self._runs}
+        by_stack = {run.stack: run for run in self._runs}
         for name, module in {(name, module) for run in self._runs for name, module in run.forward.layers.items()}:
-            self._handles.append(module.register_forward_pre_hook(_pause_at(name, by_thread), with_kwargs=True))
-            self._handles.append(module.register_forward_hook(_leave(by_thread)))
+            self._handles.append(module.register_forward_pre_hook(_pause_at(name, by_stack), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(_leave(by_stack)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -128,12 +132,12 @@ class Lockstep:
 
 
 class _Run:
-    """One forward in its thread, and the baton: exactly one of the thread and the caller runs at any time."""
+    """One forward on a call stack of its own; it runs while the caller waits in `go_on` or `cancel`."""
 
     def __init__(self, forward: Forward, *, keep_output: bool) -> None:
         self.forward = forward
         self._keep_output = keep_output
-        self.thread = threading.Thread(target=self._main, name="subbyte-forward", daemon=True)
+        self.stack = greenlet(self._main)
         self.layer = ""
         self.waiting: Tensor | None = None
         self.output: object = None
@@ -141,48 +145,44 @@ class _Run:
         self._inside = False
         self._error: BaseException | None = None
         self._cancelled = False
-        self._resumed = threading.Semaphore(0)
-        self._paused = threading.Semaphore(0)
 
     def go_on(self) -> None:
         """Let the forward run until its next layer or its end; raise what it raised."""
         self.waiting = None
-        if self.thread.ident is None:
-            self.thread.start()
-        else:
-            self._resumed.release()
-        self._paused.acquire()
+        with _modes_kept():
+            self.stack.switch()
         if self._error is not None:
             named = self._named(self._error)
             raise named from (None if named is self._error else self._error)
 
     def cancel(self) -> None:
-        """End the thread, wherever it is; returns when it has ended."""
+        """End the forward, wherever it is; returns when it has ended."""
         self._cancelled = True
         self.waiting = None
-        if self.thread.ident is not None:
-            self._resumed.release()
-            self.thread.join()
+        if self.stack:  # has started, and not ended
+            with _modes_kept():
+                self.stack.switch()
 
     def pause(self, layer: str, x: Tensor) -> None:
-        """In the thread: hand the baton to the caller and wait for it."""
+        """In the forward: go back to the caller, and wait until it lets the forward go on."""
         if self._cancelled:  # the model has swallowed what should have ended it
             raise _Cancelled
         self.layer, self.waiting = layer, x
         del x
-        self._paused.release()
-        self._resumed.acquire()
+        assert self.stack.parent is not None
+        with _modes_kept():
+            self.stack.parent.switch()
         if self._cancelled:
             raise _Cancelled
         self._inside = True
 
     def leave(self) -> None:
-        """In the thread: the layer has returned."""
+        """In the forward: the layer has returned."""
         self._inside = False
 
     def _main(self) -> None:
         try:
-            with torch.no_grad():
+            with torch.inference_mode(mode=False), torch.no_grad():
                 output = call(self.forward.model, self.forward.batch)
             self.output = output if self._keep_output else None
         except _Cancelled:
@@ -191,7 +191,6 @@ class _Run:
             self._error = error
         finally:
             self.finished = True
-            self._paused.release()
 
     def _named(self, error: BaseException) -> BaseException:
         if isinstance(error, SubbyteError) or not isinstance(error, Exception):
@@ -202,18 +201,32 @@ class _Run:
         return LayerError(self.layer, f"{where} {'in' if self._inside else 'after'} this layer: {error}")
 
 
-def _pause_at(name: str, by_thread: Mapping[threading.Thread, _Run]):  # type: ignore[no-untyped-def]
+@contextlib.contextmanager
+def _modes_kept() -> Iterator[None]:
+    """Around a switch: what torch keeps for a whole thread must not pass from one forward to another, nor to the caller."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda")]
+    try:
+        with torch.inference_mode(mode=inference), torch.set_grad_enabled(grad):
+            yield
+    finally:
+        for kind, enabled, dtype in autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+
+
+def _pause_at(name: str, by_stack: Mapping[greenlet, _Run]):  # type: ignore[no-untyped-def]
     def pause(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
-        run = by_thread.get(threading.current_thread())
+        run = by_stack.get(getcurrent())
         if run is not None:
             run.pause(name, layer_input(name, args, kwargs))
 
     return pause
 
 
-def _leave(by_thread: Mapping[threading.Thread, _Run]):  # type: ignore[no-untyped-def]
+def _leave(by_stack: Mapping[greenlet, _Run]):  # type: ignore[no-untyped-def]
     def leave(module: nn.Module, args: object, output: object) -> None:
-        run = by_thread.get(threading.current_thread())
+        run = by_stack.get(getcurrent())
         if run is not None:
             run.leave()
 
