@@ -3,7 +3,7 @@
 Every row is a fresh process: it loads the network, times float forwards over the calibration samples, quantizes, notes the peak memory, and
 only then scores the result and its plainly rounded counterpart on the test images. First and last layer have 8 bits where others have less.
 
-    python benchmarks/main_job.py --out docs/results/main_job.json                  # all rows, three seeds: about an hour on two cores
+    python benchmarks/main_job.py --out docs/results/main_job.json                  # all rows, three seeds: about 25 minutes on two cores
     python benchmarks/main_job.py --network resnet20 --widths 4,4 --seeds 0         # one row
     python benchmarks/main_job.py --table docs/results/main_job.json                # print the table of an earlier run
 """

@@ -17,12 +17,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
+from subbyte.calibrate.joint import JointParameters, half_cosine
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.errors import OptionError
-from subbyte.quantizers.affine import quantize, soft_quantize
 from subbyte.quantizers.ranges import MinMax
 
 
@@ -95,16 +94,17 @@ class AdaQuant(Solver):
             generator: draws the rows of each gradient step.
         """
         start = self.start.solve(problem, generator)
-        state = _Parameters(problem, start, relative=self.relative)
+        spread = problem.fit.targets.std(dim=1, correction=0)
+        state = JointParameters(start, problem.weight, spread, problem.weight_grid, problem.activation_grid, relative=self.relative)
         optimizer = torch.optim.Adam(
             [
-                {"params": [state.weight], "lr": self.weight_rate},
-                {"params": [state.bias], "lr": self.bias_rate},
-                {"params": [state.weight_step], "lr": self.weight_step_rate},
-                {"params": state.activation, "lr": self.activation_rate},
+                {"params": [state.raw_weight], "lr": self.weight_rate},
+                {"params": [state.raw_bias], "lr": self.bias_rate},
+                {"params": [state.raw_weight_step], "lr": self.weight_step_rate},
+                {"params": state.raw_activation, "lr": self.activation_rate},
             ]
         )
-        shares = [_cosine(k / self.iterations) if self.decay else 1.0 for k in range(self.iterations)]
+        shares = [half_cosine(k / self.iterations) if self.decay else 1.0 for k in range(self.iterations)]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: shares[min(k, self.iterations - 1)])
         every = math.ceil(self.iterations / self.checks) if self.checks else self.iterations + 1
         best, least = start, relative_error(problem, start, problem.held_out) if self.checks else torch.inf
@@ -112,7 +112,9 @@ class AdaQuant(Solver):
         for k in range(1, self.iterations + 1):
             chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), device="cpu", generator=generator).to(problem.weight.device)
             optimizer.zero_grad()
-            loss = (state.output(problem.fit.inputs[:, chosen]) - problem.fit.targets[:, chosen]).square().mean()
+            inputs = state.inputs(problem.fit.inputs[:, chosen])
+            output = torch.baddbmm(state.bias()[:, None, :], inputs, state.weight().mT)
+            loss = (output - problem.fit.targets[:, chosen]).square().mean()
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -121,65 +123,3 @@ class AdaQuant(Solver):
                 error = relative_error(problem, trial, problem.held_out)
                 best, least = (trial, error) if error < least else (best, least)
         return best if self.checks else state.solution(self.name)
-
-
-def _cosine(share: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * share))
-
-
-class _Parameters:
-    """What is optimised, in the units in which Adam moves it; starts exactly at a solution's codes.
-
-    `weight`: `W + V` in units of the first step; `bias`: in units of the output's spread; `weight_step`, `activation[0]`: the logarithm of
-    the ratio to the first step; `activation[1]`: the zero-point. With absolute rates all units are 1 and the steps themselves are moved.
-    """
-
-    def __init__(self, problem: LayerProblem, start: LayerSolution, *, relative: bool) -> None:
-        self.problem, self.start, self.relative = problem, start, relative
-        step = start.scale[..., None]
-        on_grid = start.weight()
-        inside_cell = on_grid + (problem.weight - on_grid).clamp(-0.49 * step, 0.49 * step)
-        spread = problem.fit.targets.std(dim=1, correction=0).clamp(min=torch.finfo(torch.float32).tiny)
-        self.weight_unit = step if relative else torch.ones_like(step)
-        self.bias_unit = spread if relative else torch.ones_like(spread)
-        self.weight = (inside_cell / self.weight_unit).requires_grad_()
-        self.bias = (start.bias / self.bias_unit).requires_grad_()
-        self.weight_step = (torch.zeros_like(step) if relative else step.clone()).requires_grad_()
-        self.activation: list[Tensor] = []
-        if start.activation is not None:
-            scale, zero = start.activation
-            first = torch.zeros_like(scale) if relative else scale.clone()
-            self.activation = [first.requires_grad_(), zero.float().requires_grad_()]
-
-    def _steps(self) -> tuple[Tensor, Tensor | None]:
-        """`s_w` (G, O, 1) and `s_x` ()."""
-        tiny = torch.finfo(torch.float32).tiny
-        weight = self.start.scale[..., None] * self.weight_step.exp() if self.relative else self.weight_step.clamp(min=tiny)
-        if not self.activation or self.start.activation is None:
-            return weight, None
-        raw = self.activation[0]
-        return weight, self.start.activation[0] * raw.exp() if self.relative else raw.clamp(min=tiny)
-
-    def output(self, inputs: Tensor) -> Tensor:
-        """Outputs (G, R, O) of some rows (G, R, n), with gradients."""
-        activation_grid = self.problem.activation_grid
-        weight_step, activation_step = self._steps()
-        zero = self.start.zero_point[..., None].float()
-        weight = soft_quantize(self.weight * self.weight_unit, weight_step, zero, self.problem.weight_grid)
-        if activation_step is not None and activation_grid is not None:
-            zero = self.activation[1].clamp(activation_grid.lowest, activation_grid.highest)
-            inputs = soft_quantize(inputs, activation_step, zero, activation_grid)
-        return torch.baddbmm((self.bias * self.bias_unit)[:, None, :], inputs, weight.mT)
-
-    @torch.no_grad()
-    def solution(self, name: str) -> LayerSolution:
-        """What the present parameters stand for."""
-        weight_step, activation_step = self._steps()
-        zero = self.start.zero_point
-        codes = quantize(self.weight * self.weight_unit, weight_step, zero[..., None], self.problem.weight_grid)
-        activation = None
-        if activation_step is not None and self.problem.activation_grid is not None:
-            grid = self.problem.activation_grid
-            activation = (activation_step.clone(), self.activation[1].clamp(grid.lowest, grid.highest).round().to(torch.int32))
-        scale, bias = weight_step[..., 0].clone(), (self.bias * self.bias_unit).clone()
-        return LayerSolution(codes.to(torch.int16), scale, zero, bias, activation, name)

@@ -1,0 +1,118 @@
+"""Everything that a layer computes with, as parameters that a gradient can move: what AdaQuant and Blockwise optimise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from subbyte.calibrate.problem import LayerSolution
+from subbyte.quantizers.affine import quantize, soft_quantize
+from subbyte.quantizers.grid import Grid
+
+
+def half_cosine(share: float) -> float:
+    """A rate's decay from 1 to 0.
+
+    Args:
+        share: of all iterations that are done, 0 to 1.
+
+    Example:
+        >>> half_cosine(0.0), round(half_cosine(0.5), 6), half_cosine(1.0)
+        (1.0, 0.5, 0.0)
+    """
+    return 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class JointParameters:
+    """Weight, bias, weight steps, input step and zero-point; starts exactly at a solution's codes.
+
+    `raw_weight`: `W + V` in units of the first step; `raw_bias`: in units of the output's spread; `raw_weight_step`, `raw_activation[0]`:
+    the logarithm of the ratio to the first step; `raw_activation[1]`: the zero-point. With absolute rates all units are 1 and the steps
+    themselves are moved. Rounding is straight-through, steps have LSQ's gradient.
+
+    Args:
+        start: where to start; tensors as its docstring says.
+        weight: trained weight, float32 (G, O, n): where inside its code's cell each weight starts.
+        spread: standard deviation of each output, float32 (G, O).
+        weight_grid: grid of the weights.
+        activation_grid: grid of the input, or None.
+        relative: whether units are relative to each tensor's scale.
+    """
+
+    def __init__(
+        self, start: LayerSolution, weight: Tensor, spread: Tensor, weight_grid: Grid, activation_grid: Grid | None, *, relative: bool
+    ) -> None:
+        self.start, self.weight_grid, self.activation_grid, self._relative = start, weight_grid, activation_grid, relative
+        step = start.scale[..., None]
+        on_grid = start.weight()
+        inside_cell = on_grid + (weight - on_grid).clamp(-0.49 * step, 0.49 * step)
+        spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
+        self._weight_unit = step if relative else torch.ones_like(step)
+        self._bias_unit = spread if relative else torch.ones_like(spread)
+        self.raw_weight = (inside_cell / self._weight_unit).requires_grad_()
+        self.raw_bias = (start.bias / self._bias_unit).requires_grad_()
+        self.raw_weight_step = (torch.zeros_like(step) if relative else step.clone()).requires_grad_()
+        self.raw_activation: list[Tensor] = []
+        if start.activation is not None:
+            scale, zero = start.activation
+            first = torch.zeros_like(scale) if relative else scale.clone()
+            self.raw_activation = [first.requires_grad_(), zero.float().requires_grad_()]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All parameters: weight (G, O, n), bias (G, O), weight step (G, O, 1), input step () and zero-point ()."""
+        return [self.raw_weight, self.raw_bias, self.raw_weight_step, *self.raw_activation]
+
+    def weight(self) -> Tensor:
+        """The quantized weight, float32 (G, O, n), with gradients."""
+        zero = self.start.zero_point[..., None].float()
+        return soft_quantize(self.raw_weight * self._weight_unit, self._weight_step(), zero, self.weight_grid)
+
+    def bias(self) -> Tensor:
+        """The bias, float32 (G, O), with gradients."""
+        return self.raw_bias * self._bias_unit
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The quantized input, with gradients; `x` itself where the input stays in float32.
+
+        Args:
+            x: float32, any shape.
+        """
+        step, zero, grid = self._activation_step(), self._zero_point(), self.activation_grid
+        return x if step is None or zero is None or grid is None else soft_quantize(x, step, zero, grid)
+
+    @torch.no_grad()
+    def solution(self, name: str) -> LayerSolution:
+        """What the present parameters stand for.
+
+        Args:
+            name: of the solver.
+        """
+        weight_step, activation_step, activation_zero = self._weight_step(), self._activation_step(), self._zero_point()
+        zero = self.start.zero_point
+        codes = quantize(self.raw_weight * self._weight_unit, weight_step, zero[..., None], self.weight_grid)
+        activation = None
+        if activation_step is not None and activation_zero is not None:
+            activation = (activation_step.clone(), activation_zero.round().to(torch.int32))
+        return LayerSolution(codes.to(torch.int16), weight_step[..., 0].clone(), zero, self.bias().clone(), activation, name)
+
+    def _weight_step(self) -> Tensor:
+        """`s_w`, (G, O, 1)."""
+        if self._relative:
+            return self.start.scale[..., None] * self.raw_weight_step.exp()
+        return self.raw_weight_step.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _activation_step(self) -> Tensor | None:
+        """`s_x`, ()."""
+        if not self.raw_activation or self.start.activation is None:
+            return None
+        raw = self.raw_activation[0]
+        return self.start.activation[0] * raw.exp() if self._relative else raw.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _zero_point(self) -> Tensor | None:
+        """`z_x` inside the grid, not yet rounded, ()."""
+        if not self.raw_activation or self.activation_grid is None:
+            return None
+        return self.raw_activation[1].clamp(self.activation_grid.lowest, self.activation_grid.highest)
