@@ -12,16 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from subbyte.calibrate import lattice
-from subbyte.calibrate.lattice import (
-    Lattice,
-    closed_form_step,
-    coordinate_descent,
-    error_feedback,
-    least_squares,
-    nearby_steps,
-    nearby_zero_points,
-)
+from subbyte.calibrate import closest_point
+from subbyte.calibrate.closest_point import closed_form_step, coordinate_descent, error_feedback, tree_search
+from subbyte.calibrate.lattice import Lattice, least_squares, nearby_steps, nearby_zero_points
 from subbyte.calibrate.moments import moments_of
 from subbyte.calibrate.problem import LayerProblem, Rows, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
@@ -146,13 +139,13 @@ def test_error_feedback_is_the_naive_loop(case: Case) -> None:
 @given(wide_cases, st.integers(1, 5))
 def test_error_feedback_does_not_depend_on_its_blocks(case: Case, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lattice, "COLUMN_BLOCK", block)
+        patch.setattr(closest_point, "COLUMN_BLOCK", block)
         levels = error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high)
     assert torch.equal(levels, naive_error_feedback(case))
 
 
 def test_error_feedback_across_real_blocks() -> None:
-    case = Case(2, 2, 2 * lattice.COLUMN_BLOCK + 5, 4, seed=3)
+    case = Case(2, 2, 2 * closest_point.COLUMN_BLOCK + 5, 4, seed=3)
     levels = error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high)
     assert (levels == naive_error_feedback(case)).float().mean() > 0.99  # a tie may fall the other way in float32
 
@@ -162,6 +155,38 @@ def test_error_feedback_without_correlation_is_rounding() -> None:
     case.hessian = torch.diag_embed(torch.rand(2, 5, dtype=torch.float64) + 0.5)
     rounded = (case.optimum.float() / case.scale[..., None]).round().clamp(case.low, case.high)
     assert torch.equal(error_feedback(case.optimum, case.hessian, case.scale, case.low, case.high), rounded)
+
+
+@given(cases | wide_cases, st.integers(1, 64))
+def test_a_search_that_says_it_is_proved_has_found_the_best(case: Case, paths: int) -> None:
+    levels, proved = tree_search(case.optimum, case.hessian, case.scale, case.low, case.high, paths)
+    assert case.inside(levels)
+    reached = case.objective(levels)
+    wide, _ = tree_search(case.optimum, case.hessian, case.scale, case.low, case.high, 4096)
+    assert (reached[proved] <= case.objective(wide)[proved] * (1 + 1e-9) + 1e-12).all()
+
+
+@given(st.builds(Case, st.just(1), st.just(2), st.integers(1, 4), st.just(2), st.integers(0, 10**6)))
+def test_what_a_search_proves_is_the_best_point(case: Case) -> None:
+    levels, proved = tree_search(case.optimum, case.hessian, case.scale, case.low, case.high, 256)
+    reached = case.objective(levels)
+    for output in range(2):
+        low, high = int(case.low[0, output]), int(case.high[0, output])
+        points = torch.tensor(list(product(range(low, high + 1), repeat=levels.shape[2])), dtype=torch.float32)
+        rest = case.optimum[0, output] - points.double() * case.scale[0, output].double()
+        best = float(((rest @ case.hessian[0]) * rest).sum(dim=1).min())
+        assert float(reached[0, output]) >= best - 1e-9
+        assert not proved[0, output] or float(reached[0, output]) == pytest.approx(best, rel=1e-5, abs=1e-9)
+
+
+def test_most_small_searches_are_proved_and_nearly_all_find_what_a_wide_one_finds() -> None:
+    case = Case(20, 10, 9, 4, seed=5)
+    case.low, case.high = torch.full_like(case.low, -8), torch.full_like(case.high, 7)
+    scale = case.optimum.abs().amax(dim=2).float() / 8
+    found, proved = tree_search(case.optimum, case.hessian, scale, case.low, case.high, 32)
+    wide, _ = tree_search(case.optimum, case.hessian, scale, case.low, case.high, 4096)
+    assert proved.float().mean() > 0.6
+    assert (found == wide).all(dim=2).float().mean() > 0.95
 
 
 @given(cases | wide_cases)
@@ -258,7 +283,7 @@ def test_the_ridge_that_suits_unseen_rows_is_taken(make_problem: MakeProblem) ->
     ids=str,
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(OptionError, match="positive ridges and step_ratios, at least one round"):
+    with pytest.raises(OptionError, match="positive ridges, step_ratios, rounds"):
         Lattice(**wrong)  # type: ignore[arg-type]
 
 

@@ -121,4 +121,5 @@ def problem_of(item: CalibratedLayer, samples: Sequence[StopRows]) -> LayerProbl
         weight_grid=item.weight_grid,
         activation_grid=item.activation_grid,
         equations=sum(s.equations for s in samples),
+        clip=item.clip,
     )

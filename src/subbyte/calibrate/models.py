@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from subbyte.calibrate.problem import LayerSolution
+from subbyte.model.clipping import Clip
 from subbyte.model.layers import Layer
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
@@ -24,6 +25,7 @@ class CalibratedLayer:
         quantized: the module that takes the codes, in the quantized model.
         weight_grid: grid of its weights.
         activation_grid: grid of its input, or None.
+        clip: what is read of its output.
     """
 
     layer: Layer
@@ -31,6 +33,7 @@ class CalibratedLayer:
     quantized: QuantizedLayer
     weight_grid: Grid
     activation_grid: Grid | None
+    clip: Clip
 
     def float_weight(self) -> Tensor:
         """`W` of the float module, float32 (G, O, n)."""
@@ -59,13 +62,21 @@ class Models:
     layers: tuple[CalibratedLayer, ...]
 
 
-def prepare(original: nn.Module, layers: Sequence[Layer], options: Mapping[str, tuple[int, int | None]], *, symmetric: bool) -> Models:
+def prepare(
+    original: nn.Module,
+    layers: Sequence[Layer],
+    options: Mapping[str, tuple[int, int | None]],
+    clips: Mapping[str, Clip],
+    *,
+    symmetric: bool,
+) -> Models:
     """A float model beside a copy of it in which every layer is a `QuantizedLayer`, still without codes.
 
     Args:
         original: float model, batch norms folded; is not changed.
         layers: what will be quantized, in running order.
         options: `(weight bits, activation bits or None)` by layer name.
+        clips: what is read of the layers' outputs, by layer name; of layers that are not named, everything.
         symmetric: whether weight grids are symmetric.
     """
     quantized = copy_of(original)
@@ -77,7 +88,8 @@ def prepare(original: nn.Module, layers: Sequence[Layer], options: Mapping[str, 
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None else Grid(activation_bits)
         weight_grid = Grid(weight_bits, symmetric=symmetric)
-        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid))
+        clip = clips.get(layer.name, Clip())
+        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip))
     return Models(original, quantized, tuple(items))
 
 

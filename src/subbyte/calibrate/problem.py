@@ -4,7 +4,8 @@
         sum over rows  || y - s_w (Q - z_w) q(x'; s_x, z_x) - b' ||^2            y = W x + b
 
 `x` is what the float model feeds to the layer, `x'` what the solver is given: the same in the parallel flavour, the output of the quantized
-prefix in the sequential one. A solver sees this problem and nothing else: no model, no file, no other layer.
+prefix in the sequential one. Where what follows clips the layer's output (a ReLU), both sides are compared as it clips them. A solver sees
+this problem and nothing else: no model, no file, no other layer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subbyte.model.clipping import Clip
 from subbyte.quantizers.affine import dequantize, fake_quantize
 from subbyte.quantizers.grid import Grid
 
@@ -45,6 +47,7 @@ class LayerProblem:
         weight_grid: grid of the weight codes.
         activation_grid: grid of the input, or None where the input stays in float32.
         equations: independent rows that the calibration set offers for each output channel (samples times positions).
+        clip: what follows the layer reads of its output.
 
     Example:
         >>> rows = Rows(torch.randn(1, 8, 3), torch.randn(1, 8, 2))
@@ -61,6 +64,7 @@ class LayerProblem:
     weight_grid: Grid
     activation_grid: Grid | None
     equations: int
+    clip: Clip = Clip()
 
     @property
     def unknowns(self) -> int:
@@ -140,7 +144,7 @@ def quantized_inputs(inputs: Tensor, activation: tuple[Tensor, Tensor] | None, g
 
 
 def relative_error(problem: LayerProblem, solution: LayerSolution, rows: Rows) -> float:
-    """The objective on some rows, as a share of the targets' spread: `sum ||y - y^||^2 / sum ||y - mean y||^2`.
+    """The objective on some rows, as a share of the targets' spread: `sum ||y - y^||^2 / sum ||y - mean y||^2`, both clipped.
 
     Args:
         problem: the layer; tensors as its docstring says.
@@ -151,7 +155,8 @@ def relative_error(problem: LayerProblem, solution: LayerSolution, rows: Rows) -
         A number without unit, 0 for a perfect layer; where the targets do not vary, the plain sum of squares.
     """
     inputs = quantized_inputs(rows.inputs, solution.activation, problem.activation_grid)
-    error = torch.baddbmm(solution.bias[:, None, :], inputs, solution.weight().mT) - rows.targets
-    spread = (rows.targets - rows.targets.mean(dim=1, keepdim=True)).square().sum(dtype=torch.float64)
+    targets = problem.clip(rows.targets)
+    error = problem.clip(torch.baddbmm(solution.bias[:, None, :], inputs, solution.weight().mT)) - targets
+    spread = (targets - targets.mean(dim=1, keepdim=True)).square().sum(dtype=torch.float64)
     total = error.square().sum(dtype=torch.float64)
     return float(torch.where(spread > 0, total / spread, total))

@@ -121,7 +121,7 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
     Returns:
         One index for each batch. With nothing held out, every eighth row is, so that a single sample can be judged too.
     """
-    held = [_spread(mask, samples) for mask, (samples, _) in zip(masks, counts, strict=True)]
+    held = [spread_mask(mask, samples) for mask, (samples, _) in zip(masks, counts, strict=True)]
     fit_samples = sum(int((~mask).sum()) for mask in held)
     held_samples = sum(int(mask.sum()) for mask in held)
     per_fit = -(-wanted // max(fit_samples, 1))
@@ -142,10 +142,14 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
     return indices
 
 
-def _spread(mask: Tensor, samples: int) -> Tensor:
+def spread_mask(mask: Tensor, samples: int) -> Tensor:
     """The held-out mask of a batch, for a layer whose first dimension counts something else than the batch's samples.
 
     Windows or tokens of one sample are taken to stand together. Where time comes first, early and late rows are told apart instead.
+
+    Args:
+        mask: bool (samples of the batch,).
+        samples: length of the layer's first dimension.
     """
     if samples == len(mask):
         return mask

@@ -17,17 +17,21 @@ of a whole run on two cores.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
-from torch import Tensor, nn
+from torch import nn
 
 from subbyte.errors import LayerError, ModelError, SubbyteError
 from subbyte.model.batches import Batch, call, describe
 from subbyte.model.layers import layer_input
+
+Reader = Callable[[str, tuple[object, ...], dict[str, object]], Any]
+"""What a stop is to show of a call, from the module's name, its positional and its keyword arguments."""
 
 
 class _Cancelled(BaseException):
@@ -41,7 +45,7 @@ class Forward:
     Args:
         model: a module in evaluation mode; several forwards may share it.
         batch: what to call it with.
-        layers: the modules of `model` to stop at, by layer name.
+        layers: the modules of `model` to stop at, by name.
     """
 
     model: nn.Module
@@ -61,18 +65,16 @@ class Stop:
     layer: str
     runs: Mapping[int, _Run]
 
-    def input(self, index: int) -> Tensor:
+    def input(self, index: int) -> Any:
         """What one paused forward is about to feed to the layer.
 
         Args:
             index: of the forward, one of `runs`.
 
         Returns:
-            float32, the shape that the layer receives.
+            What the lockstep's reader returned for the call; of `layer_input`, a tensor, float32, the shape that the layer receives.
         """
-        waiting = self.runs[index].waiting
-        assert waiting is not None
-        return waiting
+        return self.runs[index].waiting
 
 
 class Lockstep:
@@ -82,6 +84,7 @@ class Lockstep:
         forwards: what to run.
         order: names of the layers in running order.
         keep_outputs: whether `outputs` will be asked for; else they are dropped as they come.
+        read: what `Stop.input` is to give; nothing else of a call is kept alive.
 
     Raises:
         LayerError: while iterating, if a model fails after it has reached a layer.
@@ -95,7 +98,10 @@ class Lockstep:
         [('0', 3), ('2', 3)]
     """
 
-    def __init__(self, forwards: Sequence[Forward], order: Sequence[str], *, keep_outputs: bool = False) -> None:
+    def __init__(
+        self, forwards: Sequence[Forward], order: Sequence[str], *, keep_outputs: bool = False, read: Reader = layer_input
+    ) -> None:
+        self._read = read
         self._position = {name: index for index, name in enumerate(order)}
         self._runs = [_Run(forward, keep_output=keep_outputs) for forward in forwards]
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -103,7 +109,7 @@ class Lockstep:
     def __enter__(self) -> Lockstep:
         by_stack = {run.stack: run for run in self._runs}
         for name, module in {(name, module) for run in self._runs for name, module in run.forward.layers.items()}:
-            self._handles.append(module.register_forward_pre_hook(_pause_at(name, by_stack), with_kwargs=True))
+            self._handles.append(module.register_forward_pre_hook(_pause_at(name, by_stack, self._read), with_kwargs=True))
             self._handles.append(module.register_forward_hook(_leave(by_stack)))
         return self
 
@@ -139,7 +145,7 @@ class _Run:
         self._keep_output = keep_output
         self.stack = greenlet(self._main)
         self.layer = ""
-        self.waiting: Tensor | None = None
+        self.waiting: Any = None
         self.output: object = None
         self.finished = False
         self._inside = False
@@ -163,12 +169,12 @@ class _Run:
             with _modes_kept():
                 self.stack.switch()
 
-    def pause(self, layer: str, x: Tensor) -> None:
+    def pause(self, layer: str, waiting: Any) -> None:
         """In the forward: go back to the caller, and wait until it lets the forward go on."""
         if self._cancelled:  # the model has swallowed what should have ended it
             raise _Cancelled
-        self.layer, self.waiting = layer, x
-        del x
+        self.layer, self.waiting = layer, waiting
+        del waiting
         assert self.stack.parent is not None
         with _modes_kept():
             self.stack.parent.switch()
@@ -215,11 +221,11 @@ def _modes_kept() -> Iterator[None]:
             torch.set_autocast_dtype(kind, dtype)
 
 
-def _pause_at(name: str, by_stack: Mapping[greenlet, _Run]):  # type: ignore[no-untyped-def]
+def _pause_at(name: str, by_stack: Mapping[greenlet, _Run], read: Reader):  # type: ignore[no-untyped-def]
     def pause(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
         run = by_stack.get(getcurrent())
         if run is not None:
-            run.pause(name, layer_input(name, args, kwargs))
+            run.pause(name, read(name, args, kwargs))
 
     return pause
 

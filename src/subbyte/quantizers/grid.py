@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from subbyte.errors import OptionError
 
 MIN_BITS = 2
@@ -54,3 +56,14 @@ class Grid:
     def highest(self) -> int:
         """Largest code."""
         return self.lowest + (1 << self.bits) - 1
+
+    def ends(self, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest code with the zero-point subtracted.
+
+        Args:
+            zero_point: `z`, integer-valued, any dtype and shape.
+
+        Returns:
+            Two float32 in the shape of `zero_point`.
+        """
+        return (self.lowest - zero_point).float(), (self.highest - zero_point).float()

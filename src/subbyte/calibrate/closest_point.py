@@ -1,0 +1,175 @@
+"""Codes closest to real weights in the metric of a Hessian: for every output channel, the `v` with least `(w* - s v)^T H (w* - s v)`.
+
+Three ways, from cheap to exact: error feedback (Babai's nearest plane), greedy coordinate descent from any codes, and a tree search that
+keeps the best partial codes and, where there are few unknowns, finds the optimum. All output channels at once; codes have their zero-point
+subtracted.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COLUMN_BLOCK = 64
+
+
+def tree_search(optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor, paths: int) -> tuple[Tensor, Tensor]:
+    """The best codes that a search over the columns finds: of all partial codes, the `paths` best go on to the next column.
+
+    With `H = R^T R`, `R` upper triangular, the objective is a sum over columns whose terms know the later columns only, so that partial
+    codes from the last column up bound the objective from below. What was left behind is remembered: if the result is not above its bound,
+    it is the optimum.
+
+    Args:
+        optimum: `w*`, float64 (G, O, n).
+        hessian: `H`, float64 (G, n, n), positive definite.
+        scale: `s`, float32 (G, O).
+        low: smallest code, zero-point subtracted, float32 (G, O, 1).
+        high: largest code, likewise, float32 (G, O, 1).
+        paths: partial codes to keep for each output channel.
+
+    Returns:
+        Codes `v`, float32 (G, O, n), integer-valued; bool (G, O), whether they are proved optimal.
+
+    Source:
+        Sphere decoding (Fincke, Pohst 1985), as the K-best decoder of Guo and Nilsson 2006, with the bound of what it discards.
+    """
+    groups, outputs, n = optimum.shape
+    factor = torch.linalg.cholesky(hessian, upper=True)[:, None, None]  # (G, 1, 1, n, n)
+    step, low, high = scale.double()[..., None, None], low.double()[..., None], high.double()[..., None]
+    offsets = torch.tensor([0.0, 1.0, -1.0, 2.0, -2.0], dtype=torch.float64, device=optimum.device)
+    target = optimum[:, :, None]  # (G, O, 1, n)
+    levels = optimum.new_zeros(groups, outputs, 1, n)
+    cost = optimum.new_zeros(groups, outputs, 1)
+    discarded = optimum.new_full((groups, outputs), torch.inf)
+    for j in reversed(range(n)):
+        rest = (factor[..., j, j + 1 :] * (target[..., j + 1 :] - step * levels[..., j + 1 :])).sum(dim=-1)
+        diagonal = factor[..., j, j]
+        centre = (target[..., j] + rest / diagonal) / step[..., 0]  # (G, O, P)
+        nearest = torch.minimum(torch.maximum(centre.round(), low[..., 0]), high[..., 0])
+        towards = torch.where(centre >= nearest, 1.0, -1.0)
+        choices = nearest[..., None] + towards[..., None] * offsets  # nearest first; every other code is farther away than these
+        inside = (choices >= low) & (choices <= high)
+        grown = cost[..., None] + (diagonal[..., None] * step * (centre[..., None] - choices)).square()
+        missed = grown.amax(dim=-1)  # no code that is not among the choices costs less than the dearest of them
+        discarded = torch.minimum(discarded, missed.amin(dim=-1))
+        flat = torch.where(inside, grown, torch.inf).flatten(2)
+        keep = min(paths, flat.shape[2])
+        cost, at = flat.topk(keep + (keep < flat.shape[2]), dim=2, largest=False)
+        if keep < flat.shape[2]:
+            discarded = torch.minimum(discarded, cost[..., keep])
+            cost, at = cost[..., :keep], at[..., :keep]
+        parent = at // len(offsets)
+        levels = levels.gather(2, parent[..., None].expand(-1, -1, -1, n))
+        levels[..., j] = choices.flatten(2).gather(2, at)
+    return levels[:, :, 0].float(), cost[..., 0] <= discarded
+
+
+def error_feedback(optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Codes column by column: each is rounded, and its error is passed on to the columns that are still free.
+
+    With `U` the upper Cholesky factor of `H^-1`: `v_j = clip(round(w_j / s))`, `w_k -= (w_j - s v_j) U_jk / U_jj` for `k > j`.
+
+    Args:
+        optimum: `w*`, float64 (G, O, n).
+        hessian: `H`, float64 (G, n, n), positive definite.
+        scale: `s`, float32 (G, O).
+        low: smallest code, zero-point subtracted, float32 (G, O, 1).
+        high: largest code, likewise, float32 (G, O, 1).
+
+    Returns:
+        Codes `v`, zero-point subtracted, float32 (G, O, n), integer-valued.
+
+    Source:
+        GPTQ (Frantar et al. 2022, arXiv 2210.17323), algorithm 1; the order by decreasing `H_jj` is its "act-order".
+    """
+    groups, outputs, n = optimum.shape
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+    sorted_hessian = hessian.gather(1, order[:, :, None].expand(-1, -1, n)).gather(2, order[:, None, :].expand(-1, n, -1))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(sorted_hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    factor = (factor / factor.diagonal(dim1=1, dim2=2)[:, :, None]).float().contiguous()
+    rest = optimum.gather(2, order[:, None, :].expand(-1, outputs, -1)).float().permute(2, 0, 1).contiguous()  # (n, G, O): columns are rows
+    levels = torch.empty_like(rest)
+    low, high = low[..., 0], high[..., 0]
+    for start in range(0, n, COLUMN_BLOCK):
+        end = min(start + COLUMN_BLOCK, n)
+        errors = torch.empty_like(rest[start:end])
+        for j in range(start, end):
+            level = torch.clamp(torch.round(rest[j] / scale), low, high)
+            levels[j] = level
+            error = torch.addcmul(rest[j], level, scale, value=-1, out=errors[j - start])
+            if j + 1 < end:
+                rest[j + 1 : end] -= factor[:, j, j + 1 : end].T[:, :, None] * error
+        if end < n:  # lazily: what the block's errors mean for all columns behind it
+            rest[end:] -= torch.einsum("gjk,jgo->kgo", factor[:, start:end, end:], errors)
+    back = order.argsort(dim=1)
+    return levels.permute(1, 2, 0).gather(2, back[:, None, :].expand(-1, outputs, -1))
+
+
+def coordinate_descent(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, float]:
+    """Lower `(w* - s v)^T H (w* - s v)` by single codes: in every output channel the best move of all, until none lowers it.
+
+    Moving code `j` by `t` steps changes the objective by `t^2 s^2 H_jj - 2 t s g_j` with `g = H (w* - s v)`; the best whole `t` inside the
+    grid is `round(g_j / (s H_jj))`, clipped.
+
+    Args:
+        levels: codes `v`, zero-point subtracted, float32 (G, O, n); unchanged.
+        optimum: `w*`, float32 (G, O, n).
+        hessian: `H`, float32 (G, n, n).
+        scale: `s`, float32 (G, O).
+        low: smallest code, zero-point subtracted, float32 (G, O, 1).
+        high: largest code, likewise, float32 (G, O, 1).
+
+    Returns:
+        The new codes, and the share of all codes that moved.
+
+    Source:
+        CDQuant (Nair, Suggala 2024, arXiv 2406.17542), its greedy variant.
+    """
+    before = levels
+    groups, outputs, n = levels.shape
+    levels = levels.reshape(-1, n).clone()
+    step = scale.reshape(-1, 1)
+    low, high = low.reshape(-1, 1), high.reshape(-1, 1)
+    group = torch.arange(groups, device=levels.device).repeat_interleave(outputs)
+    gradient = ((optimum - before * scale[..., None]) @ hessian).reshape(-1, n)
+    diagonal = hessian.diagonal(dim1=1, dim2=2)[group]
+    curvature = step.square() * diagonal
+    slope = gradient * step
+    active = torch.arange(len(levels), device=levels.device)
+    done = torch.empty_like(levels)
+    for _ in range(4 * n):
+        move = (torch.clamp(levels + torch.round(slope / curvature), low, high)) - levels
+        gain = move * (2 * slope - move * curvature)
+        best, at = gain.max(dim=1)
+        going = best > 1e-6 * (curvature.gather(1, at[:, None])[:, 0])
+        if not bool(going.all()):
+            done[active] = levels
+            if not bool(going.any()):
+                break
+            keep = torch.nonzero(going)[:, 0]
+            active, group, step, low, high = active[keep], group[keep], step[keep], low[keep], high[keep]
+            levels, slope, curvature, move, at = levels[keep], slope[keep], curvature[keep], move[keep], at[keep]
+        taken = move.gather(1, at[:, None])
+        levels.scatter_add_(1, at[:, None], taken)
+        slope -= taken * step.square() * hessian[group, at]
+    else:
+        done[active] = levels
+    result = done.view(groups, outputs, n)
+    return result, float((result != before).float().mean())
+
+
+def closed_form_step(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor) -> Tensor:
+    """The step that fits given codes best, `s = v^T H w* / v^T H v`; the old one where that is not positive.
+
+    Args:
+        levels: codes `v`, zero-point subtracted, float32 (G, O, n).
+        optimum: `w*`, float32 (G, O, n).
+        hessian: `H`, float32 (G, n, n).
+        scale: the old `s`, float32 (G, O).
+    """
+    product = levels @ hessian
+    above, below = (product * optimum).sum(dim=2), (product * levels).sum(dim=2)
+    fitted = above / below.clamp(min=torch.finfo(below.dtype).tiny)
+    return torch.where((below > 0) & (fitted > 0), fitted, scale)
