@@ -2,10 +2,12 @@
 
 from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
+from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
+from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
@@ -20,6 +22,7 @@ from subbyte.widths import Widths
 __all__ = [
     "AdaQuant",
     "AdaRound",
+    "Blockwise",
     "DataError",
     "FileError",
     "Flavour",
@@ -37,6 +40,7 @@ __all__ = [
     "Percentile",
     "Range",
     "Recipe",
+    "Refinement",
     "RelativeSquaredError",
     "Result",
     "RoundToNearest",

@@ -11,8 +11,9 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.models import prepare
 from subbyte.calibrate.passes import calibrate_
+from subbyte.calibrate.refinement import refine_guarded_
 from subbyte.calibrate.rows import held_out_samples
-from subbyte.calibrate.whole import guard_whole_
+from subbyte.calibrate.whole import Judge, guard_whole_
 from subbyte.export.packed import state_bytes, structure_of
 from subbyte.model.batches import Batch, as_batches, probes, sample_count
 from subbyte.model.clipping import find_clips
@@ -78,7 +79,9 @@ def quantize(
     calibration = CalibrationSet(batches, held_out, seed)
 
     judged = calibrate_(models, calibration, recipe.method, recipe.flavour, observer)
-    measured = guard_whole_(models, judged, calibration, recipe.loss, observer)
+    judge = Judge.of(models.original, calibration, recipe.loss)
+    measured = guard_whole_(models, judged, judge, observer)
+    refinements = refine_guarded_(models, recipe.refinements, calibration, judge, measured.loss, observer)
 
     warnings = warnings_for(found, judged, measured)
     for text in warnings:
@@ -89,6 +92,7 @@ def quantize(
         left_out=still_float(found, folds),
         folds=folds,
         measured=measured,
+        refinements=refinements,
         warnings=warnings,
         float_bytes=state_bytes(model),
         structure=structure_of(model),

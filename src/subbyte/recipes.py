@@ -8,6 +8,7 @@ from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour, Method
 from subbyte.calibrate.problem import Solver
+from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 
@@ -25,6 +26,7 @@ class Recipe:
         fold_batch_norms: whether batch norms are folded into the layers before them, where outputs prove it right.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
+        refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
 
     Example:
         >>> Recipe(flavour=Flavour.PARALLEL).solver.name
@@ -38,6 +40,7 @@ class Recipe:
     symmetric_weights: bool = True
     fold_batch_norms: bool = True
     loss: OutputLoss = RelativeSquaredError()
+    refinements: tuple[Refinement, ...] = ()
 
     @property
     def method(self) -> Method:

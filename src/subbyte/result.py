@@ -11,6 +11,7 @@ from torch import nn
 
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.models import CalibratedLayer
+from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
 from subbyte.export.bits import packed_size
 from subbyte.export.packed import pack_model, to_bytes, write_file
@@ -64,7 +65,8 @@ class Result:
         layers: what became of each layer, in running order.
         left_out: what stays in float32, and why.
         folds: batch norms that were folded.
-        measured: losses on held-out samples.
+        measured: losses on held-out samples, before refinements.
+        refinements: what followed, and what it did to the loss.
         warnings: what the user should know.
         float_bytes: the float model's parameters and buffers.
         structure: fingerprint of the float model's structure.
@@ -86,6 +88,7 @@ class Result:
     left_out: tuple[LeftOut, ...]
     folds: tuple[Fold, ...]
     measured: Measured
+    refinements: tuple[RefinementReport, ...]
     warnings: tuple[str, ...]
     float_bytes: int
     structure: str
@@ -93,6 +96,11 @@ class Result:
     recipe: Recipe
     seed: int
     seconds: float
+
+    @property
+    def loss(self) -> float:
+        """Of the returned model on held-out samples, as `measured.loss_name` says."""
+        return min([self.measured.loss, *(report.loss for report in self.refinements if report.kept)])
 
     @property
     def allocation(self) -> Mapping[str, Option]:
@@ -155,6 +163,10 @@ def receipt(result: Result) -> str:
     lines.append(f"{measured.loss_name} from the float model on {judged}: {losses}")
     if measured.rejected_loss is not None:
         lines.append(f"the calibrated model had {measured.rejected_loss:.4g} and was given up for plain rounding")
+    for report in result.refinements:
+        verdict = "" if report.kept else ", not better, so not kept"
+        lines.append(f"{report.name}: {report.start_loss:.4g} -> {report.loss:.4g}{verdict} ({report.seconds:.1f} s)")
+        lines += [f"  {note}" for note in report.notes]
     lines += [f"warning: {text}" for text in result.warnings]
     lines.append(f"{result.recipe.solver.name}, {result.recipe.flavour.value}, seed {result.seed}, {result.seconds:.1f} s")
     return "\n".join(lines)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
-from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.joint import JointParameters, half_cosine
-from subbyte.calibrate.models import CalibratedLayer, Models, assign_
+from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
 from subbyte.calibrate.problem import LayerSolution
+from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for, spread_mask
 from subbyte.errors import LayerError, OptionError, naming_layer
 from subbyte.model.batches import map_tensors, probes, sample_count, tensors
@@ -34,8 +34,8 @@ from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarte
 
 
 @dataclass(frozen=True)
-class Blockwise:
-    """How blocks are refined.
+class Blockwise(Refinement):
+    """Gradient descent on all layers of a block at once, block after block.
 
     Args:
         iterations: gradient steps for each block.
@@ -80,6 +80,16 @@ class Blockwise:
             wanted = "positive counts, no negative rate and a float_share from 0 to below 1"
             raise OptionError(f"Blockwise needs {wanted}, not {self}")
 
+    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+        """See `Refinement`.
+
+        Args:
+            models: see there.
+            data: see there.
+            observer: is told of every block.
+        """
+        return tuple(str(report) for report in refine_blocks_(models, data, self, observer))
+
 
 @dataclass(frozen=True)
 class RefinedBlock:
@@ -104,30 +114,30 @@ class RefinedBlock:
         """Whether the refined solutions are better, and are used."""
         return self.error < self.start_error
 
+    def __str__(self) -> str:
+        if self.note:
+            return f"{self.name}: left as it was, {self.note}"
+        found = f"{self.start_error:.3g} -> {self.error:.3g}" if self.kept else f"{self.start_error:.3g}, nothing better found"
+        return f"{self.name} ({len(self.layers)} layers): {found}"
 
-def refine_blocks_(
-    models: Models, judged: Mapping[str, Judged], data: CalibrationSet, settings: Blockwise, observer: Observer
-) -> tuple[dict[str, LayerSolution], tuple[RefinedBlock, ...]]:
+
+def refine_blocks_(models: Models, data: CalibrationSet, settings: Blockwise, observer: Observer) -> tuple[RefinedBlock, ...]:
     """Refine every block, in running order, and give the quantized model the new codes.
 
     Args:
         models: `models.quantized` has the layers' solutions; is changed in place.
-        judged: the layers' solutions, by name.
         data: calibration set; its held-out samples judge.
         settings: how.
         observer: is told of every block.
-
-    Returns:
-        The solutions of all layers, refined or as they were, and what became of each block.
 
     Raises:
         LayerError: if the two models do not reach a block with the same samples.
     """
     started = time.perf_counter()
-    solutions = {name: found.solution for name, found in judged.items()}
+    solutions = {item.layer.name: solution_of(item) for item in models.layers}
     layers, probe = [item.layer for item in models.layers], probes(data.batches)[0]
     blocks = {block.entry: block for block in find_blocks(models.original, layers, probe, settings.most_layers, settings.span_layers)}
-    observer(StageStarted("refine blocks", len(blocks)))
+    observer(StageStarted(settings.name, len(blocks)))
     reports: list[RefinedBlock] = []
     forwards = [
         Forward(model, batch, {name: model.get_submodule(name) for name in blocks})
@@ -141,9 +151,9 @@ def refine_blocks_(
                 report, refined = _refine_(models, block, _samples(models, block, stop, data), solutions, settings, data.seed)
             solutions |= refined
             reports.append(report)
-            observer(LayerSolved("refine blocks", block.name, report.error, report.start_error, time.perf_counter() - began))
-    observer(StageFinished("refine blocks", time.perf_counter() - started))
-    return solutions, tuple(reports)
+            observer(LayerSolved(settings.name, block.name, report.error, report.start_error, time.perf_counter() - began))
+    observer(StageFinished(settings.name, time.perf_counter() - started))
+    return tuple(reports)
 
 
 @dataclass(frozen=True, eq=False)

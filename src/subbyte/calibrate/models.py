@@ -123,3 +123,16 @@ def state_of(item: CalibratedLayer, solution: LayerSolution) -> QuantizedState:
         weight_grid=item.weight_grid,
         activation=activation,
     )
+
+
+def solution_of(item: CalibratedLayer) -> LayerSolution:
+    """What a quantized layer computes with, in the shapes of its problem: the inverse of `state_of`.
+
+    Args:
+        item: the layer; it has codes.
+    """
+    state = item.quantized.state()
+    codes = item.layer.operator.to_matrix(state.codes)
+    scale, zero_point, bias = (values.view(codes.shape[:2]) for values in (state.scale, state.zero_point, state.bias))
+    activation = None if state.activation is None else (state.activation[0], state.activation[1])
+    return LayerSolution(codes, scale, zero_point, bias, activation, "given")

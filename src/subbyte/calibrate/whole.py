@@ -41,6 +41,54 @@ class Measured:
     held_out_samples: int
 
 
+@dataclass(frozen=True, eq=False)
+class Judge:
+    """The held-out samples of a calibration set, and what the float model returns for them. With none held out, all samples judge.
+
+    Args:
+        batches: what models are called with.
+        references: what the float model returned for each, tensors of any shape.
+        loss: distance from it.
+        samples: calibration samples in all.
+        held_out_samples: how many of them are held out.
+    """
+
+    batches: tuple[Batch, ...]
+    references: tuple[object, ...]
+    loss: OutputLoss
+    samples: int
+    held_out_samples: int
+
+    @classmethod
+    def of(cls, original: nn.Module, data: CalibrationSet, loss: OutputLoss) -> Judge:
+        """Run the float model on the held-out samples.
+
+        Args:
+            original: float model.
+            data: calibration set.
+            loss: distance from the float model's outputs.
+
+        Raises:
+            ModelError: if the float model returns NaN or infinite numbers.
+        """
+        held = sum(int(mask.sum()) for mask in data.held_out)
+        judging = [
+            _judging(original, batch, mask) for batch, mask in zip(data.batches, data.held_out, strict=True) if bool(mask.any()) or not held
+        ]
+        for _, reference in judging:
+            check_output(reference)
+        batches, references = tuple(batch for batch, _ in judging), tuple(reference for _, reference in judging)
+        return cls(batches, references, loss, sum(len(mask) for mask in data.held_out), held)
+
+    def loss_of(self, model: nn.Module) -> float:
+        """The loss of a model; NaN where it returns NaN.
+
+        Args:
+            model: in evaluation mode.
+        """
+        return measure(model, self.batches, self.references, self.loss)
+
+
 def _judging(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Batch, object]:
     """The held-out samples of a batch and what the float model returns for them; the whole batch where the model takes no part of it."""
     with torch.no_grad():
@@ -51,14 +99,13 @@ def _judging(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Batch, objec
         return batch, call(model, batch)
 
 
-def guard_whole_(models: Models, judged: Mapping[str, Judged], data: CalibrationSet, loss: OutputLoss, observer: Observer) -> Measured:
+def guard_whole_(models: Models, judged: Mapping[str, Judged], judge: Judge, observer: Observer) -> Measured:
     """Measure the calibrated model and the plainly rounded one, and leave the better one in `models.quantized`.
 
     Args:
         models: `models.quantized` has its codes; is changed in place where plain rounding wins.
         judged: by layer name.
-        data: calibration set; only its held-out samples are used, if it has any.
-        loss: distance from the float model's outputs.
+        judge: measures.
         observer: is told when it starts and ends.
 
     Raises:
@@ -66,18 +113,9 @@ def guard_whole_(models: Models, judged: Mapping[str, Judged], data: Calibration
     """
     started = time.perf_counter()
     observer(StageStarted("verify"))
-    held = sum(int(mask.sum()) for mask in data.held_out)
-    judging = [
-        _judging(models.original, batch, mask)
-        for batch, mask in zip(data.batches, data.held_out, strict=True)
-        if bool(mask.any()) or not held
-    ]
-    batches, references = [batch for batch, _ in judging], [reference for _, reference in judging]
-    for reference in references:
-        check_output(reference)
-    reached = measure(models.quantized, batches, references, loss)
+    reached = judge.loss_of(models.quantized)
     assign_(models, {name: j.baseline for name, j in judged.items()})
-    plain = measure(models.quantized, batches, references, loss)
+    plain = judge.loss_of(models.quantized)
     rejected = not reached <= plain
     if not rejected:
         assign_(models, {name: j.solution for name, j in judged.items()})
@@ -85,5 +123,4 @@ def guard_whole_(models: Models, judged: Mapping[str, Judged], data: Calibration
     if not torch.isfinite(torch.tensor(final)):
         raise ModelError("the quantized model returns NaN or infinite numbers on held-out samples; give more bits or exclude layers")
     observer(StageFinished("verify", time.perf_counter() - started))
-    total = sum(len(mask) for mask in data.held_out)
-    return Measured(type(loss).__name__, final, plain, reached if rejected else None, total, held)
+    return Measured(type(judge.loss).__name__, final, plain, reached if rejected else None, judge.samples, judge.held_out_samples)

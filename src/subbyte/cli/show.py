@@ -48,6 +48,8 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
         "left_out": [asdict(left) for left in result.left_out],
         "folds": [asdict(fold) for fold in result.folds],
         "measured": asdict(result.measured),
+        "refinements": [asdict(report) | {"kept": report.kept} for report in result.refinements],
+        "loss": result.loss,
         "warnings": list(result.warnings),
         "widths": asdict(result.widths),
         "recipe": {
@@ -55,6 +57,7 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
             "flavour": recipe.flavour.value,
             "symmetric_weights": recipe.symmetric_weights,
             "fold_batch_norms": recipe.fold_batch_norms,
+            "refinements": [refinement.name for refinement in recipe.refinements],
         },
         "seed": result.seed,
         "seconds": result.seconds,
