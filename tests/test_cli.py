@@ -186,7 +186,13 @@ def test_quantize_as_json(run: Run, folder: Path) -> None:
 def test_rounding_only_rounds(run: Run) -> None:
     done = run(f"{QUANTIZE} --rounding-only --weight-bits 4 --json --out a.st")
     assert {layer["solver"] for layer in done.data["layers"]} == {"RoundToNearest"}
-    assert done.data["recipe"] == {"solver": "RoundToNearest", "flavour": "parallel", "symmetric_weights": True, "fold_batch_norms": True}
+    assert done.data["recipe"] == {
+        "solver": "RoundToNearest",
+        "flavour": "parallel",
+        "symmetric_weights": True,
+        "fold_batch_norms": True,
+        "refinements": [],
+    }
 
 
 def test_an_existing_file_stays_unless_forced_and_the_model_is_not_even_run(run: Run, folder: Path) -> None:

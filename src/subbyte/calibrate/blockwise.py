@@ -12,9 +12,8 @@ better than they are.
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for, spread_mask
+from subbyte.calibrate.trainable import TrainableLayer, standing_in
 from subbyte.errors import LayerError, OptionError, naming_layer
 from subbyte.model.batches import map_tensors, probes, sample_count, tensors
 from subbyte.model.blocks import Arguments, Block, find_blocks
@@ -279,7 +279,7 @@ class _Training:
         every = max(1, settings.iterations // settings.checks)
         best: dict[str, LayerSolution] = {}
         least = start_error
-        with self._standing_in(layers):
+        with standing_in(layers.values()):
             for k in range(1, settings.iterations + 1):
                 part = fit[turns[k - 1]]
                 count = len(part.held_out)
@@ -297,7 +297,7 @@ class _Training:
                         best = {name: layer.parameters.solution(f"{self.start[name].solver}, block") for name, layer in layers.items()}
         return best
 
-    def _judge(self, layers: Mapping[str, _TrainableLayer], held: Sequence[_Part]) -> float:
+    def _judge(self, layers: Mapping[str, TrainableLayer], held: Sequence[_Part]) -> float:
         for layer in layers.values():
             layer.float_share = 0.0
         error = _error(self.model, self.block, held)
@@ -305,7 +305,7 @@ class _Training:
             layer.float_share = self.settings.float_share
         return error
 
-    def _optimizer(self, layers: Mapping[str, _TrainableLayer]) -> torch.optim.Optimizer:
+    def _optimizer(self, layers: Mapping[str, TrainableLayer]) -> torch.optim.Optimizer:
         every = [layer.parameters for layer in layers.values()]
         return torch.optim.Adam(
             [
@@ -317,7 +317,7 @@ class _Training:
         )
 
     @torch.no_grad()
-    def _trainable(self, part: _Part, generator: torch.Generator) -> dict[str, _TrainableLayer]:
+    def _trainable(self, part: _Part, generator: torch.Generator) -> dict[str, TrainableLayer]:
         """Parameters of each layer, at its present solution."""
         spreads: dict[str, Tensor] = {}
 
@@ -337,33 +337,5 @@ class _Training:
             start = self.start[name]
             spread = spreads[name].expand(start.scale.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
-            layers[name] = _TrainableLayer(item, parameters, self.settings.float_share, generator)
+            layers[name] = TrainableLayer(item, parameters, generator, self.settings.float_share)
         return layers
-
-    @contextlib.contextmanager
-    def _standing_in(self, layers: Mapping[str, _TrainableLayer]) -> Iterator[None]:
-        for item in self.items:
-            item.quantized.forward = layers[item.layer.name]  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            for item in self.items:
-                del item.quantized.forward
-
-
-@dataclass(eq=False)
-class _TrainableLayer:
-    """Computes what a `QuantizedLayer` does, with gradients."""
-
-    item: CalibratedLayer
-    parameters: JointParameters
-    float_share: float
-    generator: torch.Generator
-
-    def __call__(self, x: Tensor) -> Tensor:
-        quantized = self.parameters.inputs(x)
-        if self.float_share and quantized is not x:
-            stays = torch.rand(x.shape, device=x.device, generator=self.generator) < self.float_share
-            quantized = torch.where(stays, x, quantized)
-        operator = self.item.layer.operator
-        return operator(quantized, operator.from_matrix(self.parameters.weight()), self.parameters.bias().flatten())
