@@ -11,7 +11,9 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.packed import load
+from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
@@ -24,6 +26,8 @@ __all__ = [
     "AdaRound",
     "Blockwise",
     "DataError",
+    "ExportWarning",
+    "Exported",
     "FileError",
     "Flavour",
     "Grid",
@@ -35,6 +39,8 @@ __all__ = [
     "LeastOutputError",
     "MinMax",
     "ModelError",
+    "OnnxRuntimeCPU",
+    "OpenVINOCPU",
     "OptionError",
     "OutputLoss",
     "Percentile",
@@ -45,8 +51,10 @@ __all__ = [
     "Result",
     "RoundToNearest",
     "RowSampling",
+    "Simulation",
     "Solver",
     "SubbyteError",
+    "Target",
     "Widths",
     "load",
     "quantize",

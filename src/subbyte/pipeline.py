@@ -100,4 +100,6 @@ def quantize(
         recipe=recipe,
         seed=seed,
         seconds=time.perf_counter() - started,
+        original=models.original,
+        calibration=calibration,
     )
