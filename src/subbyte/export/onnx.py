@@ -6,7 +6,8 @@
     translate  standard operators, codes at their true width                (onnx_graph, widening, onnx_file)
     verify     in the runtime, against the graph: the simulation            (verify)
 
-The graph of the third step is the simulation: what is measured on it is what the file computes.
+The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up in float64, because an int8
+kernel adds up exactly, in int32: with float32 sums, one number in some ten thousands would be rounded to the neighbouring code.
 """
 
 from __future__ import annotations
@@ -145,19 +146,20 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     else:
         translation.simplify_(graph)
     constants = translation.fix_constants_(graph, marked)
-    content, sites = translation.to_file(graph, example, constants)
+    content, sites = translation.to_file(graph, example, constants, compact=target.compact)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
 
     kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
     _check_layers(kernels, list(marked.states), target, demands)
+    simulation = translation.Simulated(graph)
     threads = demands.threads or torch.get_num_threads()
-    verification = verify((content, plain), kernels, graph, judge.batches, target, threads)
+    verification = verify((content, plain), kernels, simulation, judge.batches, target, threads)
     told = _warnings(verification, demands, target)
     write_file(path, content)
     for text in told:
         warnings.warn(text, ExportWarning, stacklevel=3)
-    losses = judge.loss_of(graph), judge.loss_of(models.quantized)
-    return Exported(Path(path), graph, quantizers, type(models.loss).__name__, *losses, verification, told)
+    losses = judge.loss_of(simulation), judge.loss_of(models.quantized)
+    return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told)
 
 
 def _translation():  # type: ignore[no-untyped-def]

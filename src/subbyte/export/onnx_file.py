@@ -10,14 +10,17 @@ from collections.abc import Iterator
 import onnx
 import onnx_ir as ir
 
+from subbyte.export.onnx_functions import fold_functions_
+
 LETTERS = string.ascii_letters
 
 
-def to_file_bytes(model: ir.Model) -> tuple[bytes, dict[str, str]]:
+def to_file_bytes(model: ir.Model, *, compact: bool) -> tuple[bytes, dict[str, str]]:
     """Serialise a model with short names.
 
     Args:
         model: inputs and outputs keep their names.
+        compact: whether repeated groups of operators become functions of the file.
 
     Returns:
         The bytes of the file, and the new name of every value by its old one.
@@ -27,6 +30,8 @@ def to_file_bytes(model: ir.Model) -> tuple[bytes, dict[str, str]]:
     """
     proto = ir.to_proto(model)
     _strip_(proto)
+    if compact:
+        fold_functions_(proto)
     renamed = _shorten_(proto.graph)
     onnx.checker.check_model(proto)
     return proto.SerializeToString(deterministic=True), renamed

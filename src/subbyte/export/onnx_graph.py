@@ -219,6 +219,9 @@ def _replace_(marker: ir.Node, value: ir.Value, builder: Builder, last: ir.Node)
     """Let everything that reads `last`, the marker or what rearranges it, read `value`."""
     builder.place_(marker)
     old = last.outputs[0]
+    if old.is_graph_output():
+        value.name, value.type, value.shape = old.name, old.type, old.shape
+        old.name = None
     old.replace_all_uses_with(value, replace_graph_outputs=True)
     graph = marker.graph
     assert graph is not None

@@ -75,6 +75,29 @@ def exported_program(model: nn.Module, batch: Batch) -> torch.export.ExportedPro
         ) from error
 
 
+class Simulated(nn.Module):
+    """A graph that computes in float64 and takes and gives float32.
+
+    Args:
+        graph: a traced model; its parameters and buffers are converted.
+    """
+
+    def __init__(self, graph: GraphModule) -> None:
+        super().__init__()
+        self.graph = graph.double()
+        self.training = False
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """The graph's outputs.
+
+        Args:
+            args: positional arguments of the model.
+            kwargs: keyword arguments of the model.
+        """
+        args, kwargs = map_tensors((args, kwargs), lambda x: x.double() if x.dtype == torch.float32 else x)
+        return map_tensors(self.graph(*args, **kwargs), lambda x: x.float() if x.dtype == torch.float64 else x)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Tracing and translating without the warnings that torch gives about itself."""
