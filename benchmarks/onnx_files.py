@@ -58,16 +58,22 @@ def static_quantized(float_file: Path, samples: torch.Tensor, folder: Path) -> b
     return out.read_bytes()
 
 
-def predictions(run: Any, task: Any) -> np.ndarray:
-    """Classes of the test images, int64 (samples,)."""
+def predictions(run: Any, task: Any, images: int | None) -> np.ndarray:
+    """Classes of the test images, evenly spaced ones if not all, int64 (samples,)."""
     found = []
-    for inputs in task.test_inputs.split(task.batch_size):
+    for inputs in task.test_inputs[chosen(task, images)].split(task.batch_size):
         batch = inputs if task.preprocess is None else task.preprocess(inputs)
         found.append(run(batch).argmax(-1))
     return np.concatenate(found)
 
 
-def measure(network: str, threads: int) -> dict[str, Any]:
+def chosen(task: Any, images: int | None) -> torch.Tensor:
+    """Indices of evenly spaced test images."""
+    count = len(task.test_labels)
+    return torch.arange(count) if images is None else torch.arange(images) * count // images
+
+
+def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
     """All figures of one network."""
     task = TASKS[network]()
     names = [layer.name for layer in survey(task.model, [task.calibration[:2]])[0].layers]
@@ -81,15 +87,17 @@ def measure(network: str, threads: int) -> dict[str, Any]:
         (folder / "float.onnx").write_bytes(plain)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            static = static_quantized(folder / "float.onnx", task.calibration[:64], folder)
+            static = static_quantized(folder / "float.onnx", task.calibration[:32], folder)
         in_openvino_int8 = openvino_layers(result, folder, threads)
         compact = result.export_onnx(folder / "compact.onnx", subbyte.OnnxRuntimeCPU(compact=True), threads=threads)
-    simulated = predictions(lambda batch: exported.simulation(batch).detach().numpy(), task)
+    simulated = predictions(lambda batch: exported.simulation(batch).detach().numpy(), task, images)
     run = runtime.open(content, optimized=True, threads=threads)
-    ran = predictions(lambda batch: run([batch.numpy()])[0], task)
+    ran = predictions(lambda batch: run([batch.numpy()])[0], task, images)
     vino = openvino.open(content, optimized=False, threads=threads)
-    in_openvino = predictions(lambda batch: vino([batch.numpy()])[0], task)
-    labels = task.test_labels.numpy()
+    in_openvino = predictions(lambda batch: vino([batch.numpy()])[0], task, images)
+    labels = task.test_labels[chosen(task, images)].numpy()
+    in_pytorch = predictions(lambda batch: result.model(batch).detach().numpy(), task, images)
+    in_float = predictions(lambda batch: task.model(batch).detach().numpy(), task, images)
     one = [task.calibration[:1].numpy()]
     timed = interleaved([runtime.open(file, optimized=True, threads=threads) for file in (content, plain, static)], one, TIMED)
     timed += interleaved([openvino.open(file, optimized=True, threads=threads) for file in (content, plain)], one, TIMED)
@@ -99,8 +107,9 @@ def measure(network: str, threads: int) -> dict[str, Any]:
         "layers": len(result.layers),
         "int8": len(result.layers) - len(exported.verification.float_layers),
         "openvino_int8": in_openvino_int8,
-        "float_top1": task.score(task.model),
-        "model_top1": task.score(result.model),
+        "images": len(labels),
+        "float_top1": 100.0 * float((in_float == labels).mean()),
+        "model_top1": 100.0 * float((in_pytorch == labels).mean()),
         "simulation_top1": 100.0 * float((simulated == labels).mean()),
         "runtime_top1": 100.0 * float((ran == labels).mean()),
         "agreement": 100.0 * float((simulated == ran).mean()),
@@ -144,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=NETWORKS, nargs="+", default=NETWORKS)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--images", type=int, help="so many test images, evenly spaced; otherwise all")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     given = parser.parse_args()
@@ -153,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     rows = []
     for network in given.network:
-        rows.append(measure(network, given.threads))
+        rows.append(measure(network, given.threads, given.images))
         print(json.dumps(rows[-1]), flush=True)
         if given.out:
             given.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -105,14 +105,57 @@ class RandomNet(nn.Module):
         return x, kept
 
 
-def quantized_net(seed: int, *, symmetric: bool = True) -> tuple[subbyte.Result, Tensor]:
-    """A random network at random widths, and samples (16, channels, size, size) that it was not calibrated on."""
-    torch.manual_seed(seed)
-    net = RandomNet(seed)
+class Several(nn.Module):
+    """Independent networks side by side, each with an input and an output of its own: traced and exported in one go."""
+
+    def __init__(self, nets: list[RandomNet]) -> None:
+        super().__init__()
+        self.nets = nn.ModuleList(nets)
+        self.eval()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(net(x) for net, x in zip(self.nets, inputs, strict=True))
+
+
+def random_nets(seed: int, count: int) -> list[RandomNet]:
+    """Networks of consecutive seeds, without those in which a layer is fed a constant (all its inputs clipped)."""
+    found: list[RandomNet] = []
+    while len(found) < count:
+        torch.manual_seed(seed)
+        net = RandomNet(seed)
+        if _is_alive(net, samples_for(net, 24)):
+            found.append(net)
+        seed += 1
+    return found
+
+
+def samples_for(net: RandomNet, count: int) -> Tensor:
+    """Random inputs, float32 (count, channels, size, size)."""
+    return torch.randn(count, net.inputs, net.size, net.size)
+
+
+def quantized_nets(seed: int, count: int, *, symmetric: bool = True, activation_bits: int = 8) -> tuple[subbyte.Result, tuple[Tensor, ...]]:
+    """Random networks at random widths, and samples that they were not calibrated on."""
+    model = Several(random_nets(seed, count))
     draw = random.Random(seed + 1)
-    names = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    widths = subbyte.Widths(8, 8, pinned={name: (draw.randint(2, 8), 8) for name in names})
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    bits = {name: (draw.randint(2, 8 if symmetric else 7), activation_bits) for name in names}
     recipe = replace(subbyte.rounding(), symmetric_weights=symmetric)
-    data = torch.randn(24, net.inputs, net.size, net.size)
-    result = subbyte.quantize(net, data, widths=widths, recipe=recipe, seed=seed)
-    return result, torch.randn(16, net.inputs, net.size, net.size)
+    batch = tuple(samples_for(net, 24) for net in model.nets)
+    result = subbyte.quantize(model, [batch], widths=subbyte.Widths(8, 8, pinned=bits), recipe=recipe, seed=seed)
+    return result, tuple(samples_for(net, 16) for net in model.nets)
+
+
+def _is_alive(net: RandomNet, x: Tensor) -> bool:
+    """Whether no layer sees the same number everywhere."""
+    spans: list[float] = []
+    handles = [
+        module.register_forward_pre_hook(lambda _, args: spans.append(float(args[0].max() - args[0].min())))
+        for module in net.modules()
+        if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        net(x)
+    for handle in handles:
+        handle.remove()
+    return min(spans) > 1e-3

@@ -119,10 +119,10 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
     widened = widen_(builder, plain)
     if first is not None:
         builder.place_(first)
+    codes = {key: widened[owner[key]] if key in owner else builder.constant(item.codes.astype(np.uint8)) for key, item in stored.items()}
     for node in weights:
         key = _text(node)
-        codes = widened[owner[key]] if key in owner else builder.constant(stored[key].codes.astype(np.uint8))
-        _replace_(node, _weight(builder, codes, constants[key], sites[key]), builder, sites[key].last)
+        _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
             _replace_(node, _bias(builder, node, constants[_text(node)]), builder, node)
@@ -130,7 +130,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
             _replace_(node, _quantizer(builder, node), builder, node)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
-    return {_name(widened[owner[key]]): constants[key].layer for key in stored if key in owner}
+    return {_name(value): constants[key].layer for key, value in codes.items()}
 
 
 @dataclass(frozen=True, eq=False)

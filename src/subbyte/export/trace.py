@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from subbyte.errors import ModelError
-from subbyte.model.batches import Batch, describe, map_tensors, sample_count
+from subbyte.model.batches import Batch, describe, map_tensors, sample_count, tensors
 
 EXAMPLE_SAMPLES = 3  # 0 and 1 samples would be taken for numbers of the model
 
@@ -60,10 +60,10 @@ def exported_program(model: nn.Module, batch: Batch) -> torch.export.ExportedPro
     else:
         args = tuple(example) if isinstance(example, list | tuple) else (example,)
     count = sample_count(example)
-    open_shapes = map_tensors(
-        (args, kwargs), lambda x: {0: torch.export.Dim.DYNAMIC} if x.dim() and x.shape[0] == count else {}  # type: ignore[arg-type, return-value]
-    )
-    shapes = (*open_shapes[0],) if args else open_shapes[1]
+    shapes = torch.export.ShapesCollection()
+    for x in tensors(example):
+        if x.dim() and x.shape[0] == count:
+            shapes[x] = {0: torch.export.Dim.DYNAMIC}
     try:
         with quiet(), torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
