@@ -9,7 +9,10 @@ from pathlib import Path
 
 SRC = Path(__file__).resolve().parents[1] / "src" / "subbyte"
 # Low to high: a file imports from its own entry and from those before it.
-ORDER = "errors quantizers model run calibrate allocate export tune widths recipes result pipeline report subbyte tasks cli".split()
+ORDER = (
+    "errors quantizers widths choices model run calibrate export budget allocate tune recipes assemble plan result pipeline "
+    "report subbyte tasks cli"
+).split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 MAY_PRINT = {"run/terminal.py", "tasks/demo.py"}
 MODULES = {path.relative_to(SRC).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SRC.rglob("*.py"))}

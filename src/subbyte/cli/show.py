@@ -51,7 +51,7 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
         "refinements": [asdict(report) | {"kept": report.kept} for report in result.refinements],
         "loss": result.loss,
         "warnings": list(result.warnings),
-        "widths": asdict(result.widths),
+        "widths": None if result.widths is None else asdict(result.widths),
         "recipe": {
             "solver": recipe.solver.name,
             "flavour": recipe.flavour.value,
