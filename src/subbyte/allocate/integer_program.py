@@ -23,16 +23,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_array
 
+from subbyte.allocate.core_search import Array, Core, Indices, search_core
+from subbyte.allocate.prices import best_prices, prices_around, solve_by_highs
 from subbyte.errors import InfeasibleError, OptionError
 
-Array = npt.NDArray[np.float64]
-
-CORE_OPTIONS = 160  # options beside the cheapest of every layer that the solver gets at first
-CUTS = 120
-MOST_SECONDS = 60.0
+CORE_OPTIONS = 100  # options beside the cheapest of every layer that are searched at first
+OPTIMAL = "optimal"
+TIME_LIMIT = "time limit"
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +165,11 @@ class _Tables:
         return cls(names, objective, costs, np.array([program.limits[name] for name in names], dtype=np.float64))
 
 
-def _search(tables: _Tables) -> tuple[npt.NDArray[np.int64], float, str] | None:
+def _search(tables: _Tables) -> tuple[Indices, float, str] | None:
     """Chosen options, bound and status; None if nothing is within the limits."""
     objective = _without_dominated(tables.objective, tables.costs)
     costs = np.where(np.isfinite(objective), tables.costs, 0.0)
-    if not len(tables.limits):
-        chosen = objective.argmin(axis=1)
-        return chosen, float(objective.min(axis=1).sum()), "optimal"
-    prices = _best_prices(objective, costs, tables.limits)
+    prices = best_prices(objective, costs, tables.limits)
     priced = objective + np.tensordot(prices, costs, axes=1)
     least = priced.min(axis=1, keepdims=True)
     bound = float(least.sum() - prices @ tables.limits)
@@ -184,7 +179,7 @@ def _search(tables: _Tables) -> tuple[npt.NDArray[np.int64], float, str] | None:
     while True:
         core = reduced <= delta
         whole = bool(core.sum() == len(ordered))
-        found = _solve_core(objective, costs, tables.limits, core, delta)
+        found = _solve_core(_Tables(tables.names, objective, costs, tables.limits), core, reduced, prices, delta)
         if found is None and whole:
             return None
         if found is None:
@@ -192,10 +187,10 @@ def _search(tables: _Tables) -> tuple[npt.NDArray[np.int64], float, str] | None:
             continue
         chosen, core_bound, status = found
         distance = float(objective[np.arange(len(chosen)), chosen].sum()) - bound
-        if status != "optimal":
+        if status != OPTIMAL:
             return chosen, bound, status
         if whole or distance <= delta:
-            return chosen, max(bound, min(core_bound, bound + delta) if not whole else core_bound), status
+            return chosen, core_bound, status
         delta = distance
 
 
@@ -212,67 +207,35 @@ def _without_dominated(objective: Array, costs: Array) -> Array:
     return np.where(dominated, np.inf, objective)
 
 
-def _best_prices(objective: Array, costs: Array, limits: Array) -> Array:
-    """Prices with the greatest `phi(lambda)`, by Kelley's cutting planes: each allocation that some prices ask for is a cut."""
-    scale = np.maximum(np.abs(limits), np.abs(costs).max(axis=(1, 2), initial=1e-300))
-    finite = np.where(np.isfinite(objective), objective, np.nan)
-    spread = float((np.nanmax(finite, axis=1) - np.nanmin(finite, axis=1)).sum()) or 1.0
-    rows, count = np.arange(len(objective)), len(limits)
-    prices, best, best_prices = np.zeros(count), -np.inf, np.zeros(count)
-    cuts: list[Array] = []
-    for _ in range(CUTS):
-        priced = objective + np.tensordot(prices / scale, costs, axes=1) * spread
-        chosen = priced.argmin(axis=1)
-        slope = (costs[:, rows, chosen].sum(axis=1) - limits) / scale
-        value = float(objective[rows, chosen].sum()) / spread
-        phi = value + float(prices @ slope)
-        if phi > best:
-            best, best_prices = phi, prices
-        cuts.append(np.array([*-slope, 1.0, value]))  # theta <= value + lambda slope
-        stacked = np.array(cuts)
-        master = linprog(
-            np.array([*np.zeros(count), -1.0]),
-            A_ub=stacked[:, :-1],
-            b_ub=stacked[:, -1],
-            bounds=[(0.0, 1e6)] * count + [(None, None)],
-            method="highs-ds",
-        )
-        if master.x is None or -master.fun - best <= 1e-9 * (1.0 + abs(best)):
-            break
-        prices = master.x[:-1]
-    return best_prices / scale * spread
-
-
 def _solve_core(
-    objective: Array, costs: Array, limits: Array, core: npt.NDArray[np.bool_], delta: float
-) -> tuple[npt.NDArray[np.int64], float, str] | None:
+    tables: _Tables, core: npt.NDArray[np.bool_], reduced: Array, prices: Array, delta: float
+) -> tuple[Indices, float, str] | None:
     """The optimum over the options of the core, what bounds it from below, and the status; None if nothing is within the limits."""
-    free = np.flatnonzero(core.sum(axis=1) > 1)
-    rows = np.arange(len(objective))
-    start = np.where(core, objective, np.inf).argmin(axis=1)
-    if not len(free):
-        within = bool((costs[:, rows, start].sum(axis=1) <= limits).all())
-        return (start, float(objective[rows, start].sum()), "optimal") if within else None
-    group, option = np.nonzero(core[free])
-    layer = free[group]
-    unit = delta if delta > 0 else 1.0
-    gain = (objective[layer, option] - objective[layer, start[layer]]) / unit
-    change = costs[:, layer, option] - costs[:, layer, start[layer]]
+    objective, costs, limits, rows = tables.objective, tables.costs, tables.limits, np.arange(len(core))
+    start = np.where(core, reduced, np.inf).argmin(axis=1)
     room = limits - costs[:, rows, start].sum(axis=1)
-    scale = np.maximum(np.abs(change).max(axis=1), 1e-300)
-    one_each = csr_array((np.ones(len(layer)), (group, np.arange(len(layer)))), shape=(len(free), len(layer)))
-    slack = np.zeros(len(limits))
-    for _ in range(8):
-        constraints = [LinearConstraint(one_each, 1.0, 1.0), LinearConstraint(change / scale[:, None], -np.inf, (room - slack) / scale)]
-        answer = milp(gain, constraints=constraints, integrality=1, bounds=Bounds(0, 1), options={"mip_rel_gap": 0.0, "time_limit": MOST_SECONDS})
-        if answer.x is None:
+    span = np.where(core, np.abs(costs - costs[:, rows, start][:, :, None]) / np.maximum(np.abs(limits), 1e-300)[:, None, None], 0.0)
+    free = np.flatnonzero(core.sum(axis=1) > 1)
+    free = free[np.argsort(-span.max(axis=(0, 2))[free], kind="stable")]  # what decides most comes first
+    options = [np.flatnonzero(core[layer]) for layer in free]
+    gains = [objective[layer, ks] - objective[layer, start[layer]] for layer, ks in zip(free, options, strict=True)]
+    changes = [costs[:, layer, ks] - costs[:, layer, start[layer]][:, None] for layer, ks in zip(free, options, strict=True)]
+    around = prices_around(prices, np.concatenate(changes, axis=1) if changes else costs[:, :, 0], delta)
+    answer = search_core(Core(gains, changes, room, around))
+    base = float(objective[rows, start].sum())
+    if answer.complete:
+        if answer.chosen is None:
             return None
-        picked = answer.x > 0.5
-        chosen = start.copy()
-        chosen[layer[picked]] = option[picked]
-        over = costs[:, rows, chosen].sum(axis=1) - limits
-        if bool((over <= 0).all()):
-            base = float(objective[rows, start].sum())
-            return chosen, base + unit * float(answer.mip_dual_bound), "optimal" if answer.status == 0 else "time limit"
-        slack += np.maximum(2.0 * over, 0.0)  # beyond the limit by less than the solver's tolerance: keep away from it
-    return None
+        return _with(start, free, options, answer.chosen), base + answer.gain, OPTIMAL
+    picked = solve_by_highs(gains, changes, room, delta)
+    if picked is None:
+        return None
+    chosen, gain_bound, optimal = picked
+    return _with(start, free, options, chosen), base + gain_bound, OPTIMAL if optimal else TIME_LIMIT
+
+
+def _with(start: Indices, free: Indices, options: Sequence[Indices], chosen: Indices) -> Indices:
+    """The starting options with those of the free layers exchanged."""
+    changed = start.copy()
+    changed[free] = [ks[k] for ks, k in zip(options, chosen, strict=True)]
+    return changed
