@@ -93,7 +93,18 @@ class Budget:
         except ValueError:
             raise OptionError(f"minimize is one of {', '.join(Quantity)}, not '{self.minimize}'") from None
         if not self.cost_limits(1) and not self.degradations:
-            raise OptionError("a budget needs a limit: size, bytes, average_bits, bit_operations, latency, kl, relative_error, agreement ...")
+            raise OptionError(
+                "a budget needs a limit: size, bytes, average_bits, bit_operations, latency, kl, relative_error, agreement ..."
+            )
+        self._check_limits()
+        if (self.accuracy_drop is None) != (self.score is None):
+            raise OptionError("accuracy_drop and score belong together: the score says how accurate a model is")
+        if (self.latency is not None or self.minimized is Quantity.LATENCY) and not self.seconds:
+            raise OptionError("a latency needs `seconds`: the time of each layer at each of its options")
+        if not 0 < self.held_out <= 0.5 or self.rounds < 1:
+            raise OptionError(f"held_out is above 0 and at most 0.5, rounds at least 1, not {self.held_out} and {self.rounds}")
+
+    def _check_limits(self) -> None:
         if self.size is not None and not 0 < self.size <= 1:
             raise OptionError(f"size is a share of the float model's bytes, above 0 and at most 1, not {self.size}")
         if self.agreement is not None and not 0 <= self.agreement <= 100:
@@ -102,12 +113,6 @@ class Budget:
             limit = getattr(self, name)
             if limit is not None and not (math.isfinite(limit) and limit >= 0):
                 raise OptionError(f"{name} is a number that is not negative, not {limit}")
-        if (self.accuracy_drop is None) != (self.score is None):
-            raise OptionError("accuracy_drop and score belong together: the score says how accurate a model is")
-        if (self.latency is not None or self.minimized is Quantity.LATENCY) and not self.seconds:
-            raise OptionError("a latency needs `seconds`: the time of each layer at each of its options")
-        if not 0 < self.held_out <= 0.5 or self.rounds < 1:
-            raise OptionError(f"held_out is above 0 and at most 0.5, rounds at least 1, not {self.held_out} and {self.rounds}")
 
     @property
     def minimized(self) -> Quantity:

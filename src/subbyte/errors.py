@@ -38,7 +38,8 @@ class OptionError(SubbyteError, ValueError):
 class InfeasibleError(OptionError):
     """No allocation of widths is within a limit, or none was found whose measured degradation is.
 
-    `limit` is the binding limit's name, `wanted` its value, `nearest` the nearest value that can be had; None where there is no such number.
+    `limit` is the binding limit's name, `wanted` its value, `nearest` the nearest value that can be had, `where` what else it depends on;
+    None where there is no such number.
 
     Example:
         >>> InfeasibleError("bytes", 1000, 1234.0).nearest

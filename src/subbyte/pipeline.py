@@ -12,17 +12,14 @@ from subbyte.budget import Budget
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept, run_digest
 from subbyte.calibrate.loss import check_output
-from subbyte.calibrate.rows import held_out_samples
 from subbyte.calibrate.whole import Judge
-from subbyte.choices import Choices
-from subbyte.errors import OptionError
 from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
-from subbyte.model.batches import Batch, as_batches, probes, sample_count
+from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
-from subbyte.plan import meet, survey_market
+from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
 from subbyte.result import Result, layer_report, still_float, warnings_for
 from subbyte.run.bank import Bank
@@ -74,28 +71,21 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         {'0': (8, 8), '4': (4, 4)}
     """
     started = time.perf_counter()
-    chosen = _one_of(widths, budget)
+    asked, chosen = asked_for(widths, budget)
     check_model(model)
     batches = as_batches(data)
     found, output = survey(model, batches, chosen.include, chosen.exclude)
-    names = [layer.name for layer in found.layers]
-    chosen.of(names)
+    chosen.of([layer.name for layer in found.layers])
     check_output(output)
 
     original = copy_of(model)
     folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches)
-    clips = find_clips(original, found.layers, probes(batches))
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
-    held_out = held_out_samples([sample_count(batch) for batch in batches], share, seed)
-    calibration = CalibrationSet(batches, held_out, seed)
+    calibration = CalibrationSet.drawn(batches, share, seed)
     kept = Kept(Bank() if bank is None else bank, run_digest(original, calibration, recipe.method, LIBRARY_VERSION))
-    judge = Judge.of(original, calibration, recipe.loss)
+    judge, clips = Judge.of(original, calibration, recipe.loss), find_clips(original, found.layers, probes(batches))
     assembler = Assembler(original, found.layers, clips, calibration, recipe, kept, judge, observer)
-
-    if budget is None:
-        assembled, plan = assembler.assemble(chosen.of(names)), None
-    else:
-        assembled, plan = meet(assembler, survey_market(assembler, budget, folds, model), budget)
+    assembled, plan = carry_out(assembler, asked, folds, model)
 
     judged, measured = assembled.judged, assembled.measured
     warnings = warnings_for(found, judged, measured, plan)
@@ -111,16 +101,9 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         warnings=warnings,
         float_bytes=state_bytes(model),
         structure=structure_of(model),
-        widths=chosen if isinstance(chosen, Widths) else None,
+        widths=asked if isinstance(asked, Widths) else None,
         plan=plan,
         recipe=recipe,
         seed=seed,
         seconds=time.perf_counter() - started,
     )
-
-
-def _one_of(widths: Widths | None, budget: Budget | None) -> Widths | Choices:
-    """Fixed widths, or what a budget chooses from."""
-    if widths is not None and budget is not None:
-        raise OptionError("give widths or a budget, not both; a budget's choices can pin layers")
-    return widths or Widths() if budget is None else budget.choices

@@ -11,13 +11,15 @@ from subbyte.allocate.allocation import Allocation, Market, allocate
 from subbyte.allocate.cost import costs_of
 from subbyte.allocate.frontier import POINTS, frontier
 from subbyte.allocate.rounds import Held, Round, hold
+from subbyte.allocate.saved import save_market
 from subbyte.allocate.sensitivity import Sensitivity, sensitivity_of
 from subbyte.assemble import Assembled, Assembler
 from subbyte.budget import DEGRADATION_LOSSES, Budget
 from subbyte.calibrate.reconstruct import reconstruct
-from subbyte.errors import InfeasibleError
+from subbyte.choices import Choices
+from subbyte.errors import InfeasibleError, OptionError
 from subbyte.model.fold import Fold
-from subbyte.widths import Option
+from subbyte.widths import Widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +70,40 @@ class Plan:
         return allocate(market, budget, most_degradation)
 
 
+def asked_for(widths: Widths | None, budget: Budget | None) -> tuple[Widths | Budget, Widths | Choices]:
+    """What was asked for, and what says which options layers may have.
+
+    Args:
+        widths: bits of every layer, or None.
+        budget: in place of widths, or None; with neither, 8 bits everywhere.
+
+    Raises:
+        OptionError: if both are given.
+    """
+    if widths is not None and budget is not None:
+        raise OptionError("give widths or a budget, not both; a budget's choices can pin layers")
+    if budget is not None:
+        return budget, budget.choices
+    return (widths or Widths(),) * 2
+
+
+def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold], model: nn.Module) -> tuple[Assembled, Plan | None]:
+    """The quantized model at fixed widths, or the best within a budget and how it was met.
+
+    Args:
+        assembler: model, data and recipe.
+        asked: widths or a budget.
+        folds: batch norms that were folded.
+        model: the float model as it came.
+
+    Raises:
+        InfeasibleError: if no allocation is within the limits, as counted or as measured.
+    """
+    if isinstance(asked, Widths):
+        return assembler.assemble(asked.of([layer.name for layer in assembler.layers])), None
+    return meet(assembler, survey_market(assembler, asked, folds, model), asked)
+
+
 def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], model: nn.Module) -> Market:
     """Reconstruct every layer at every option, and measure what each does to the model.
 
@@ -84,7 +120,10 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
     solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)
     asked = (recipe.sensitivity, budget.sensitivity_loss(recipe.loss))
     table = sensitivity_of(models, solved, assembler.calibration, asked, assembler.kept, assembler.observer)
-    return Market(table, costs_of(models, first, folds, model, budget.seconds), options, budget.choices.groups(names))
+    market = Market(table, costs_of(models, first, folds, model, budget.seconds), options, budget.choices.groups(names))
+    if assembler.kept.bank.run_folder is not None:
+        save_market(assembler.kept.bank.run_folder, market)
+    return market
 
 
 def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assembled, Plan]:

@@ -194,7 +194,9 @@ def plan_lines(plan: Plan) -> list[str]:
     for number, one in enumerate(plan.rounds if plan.budget.degradations else (), 1):
         values = ", ".join(f"{name} {value:.4g}" for name, value in one.measured.items())
         verdict = "met" if one.met else "missed"
-        lines.append(f"round {number}: {one.allocation.size_bytes:,} bytes, predicted {one.allocation.predicted:.4g}, measured {values}: {verdict}")
+        lines.append(
+            f"round {number}: {one.allocation.size_bytes:,} bytes, predicted {one.allocation.predicted:.4g}, measured {values}: {verdict}"
+        )
     return lines
 
 
@@ -261,7 +263,9 @@ def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured
     warnings = [] if plan is None else list(plan.sensitivity.notes)
     if plan is not None:
         limits = plan.budget.degradations
-        warnings += [f"{name} is {value:.4g}, above its limit of {limits[name]:.4g}: the best that was found" for name, value in plan.missed.items()]
+        warnings += [
+            f"{name} is {value:.4g}, above its limit of {limits[name]:.4g}: the best that was found" for name, value in plan.missed.items()
+        ]
     poor = [(name, j.unknowns, j.equations) for name, j in judged.items() if j.equations < j.unknowns]
     if poor:
         listed = ", ".join(f"{name} ({unknowns} unknowns, {equations} equations)" for name, unknowns, equations in poor)

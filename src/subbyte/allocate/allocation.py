@@ -60,6 +60,9 @@ class Market:
         costs: of every layer.
         options: of each layer, by name; layers of a group have the same.
         groups: layers that get the same option.
+
+    Raises:
+        OptionError: if a layer has an option that was not measured.
     """
 
     sensitivity: Sensitivity
@@ -105,11 +108,8 @@ def allocate(market: Market, budget: Budget, most_degradation: float | None = No
     if most_degradation is not None:
         limits[DEGRADATION] = most_degradation
     wanted = _COUNTED[budget.minimized]
-    options = market.usable()
-    tables = {
-        name: [[sum(counters[name].of(layer, option) for layer in group) for option in row] for group, row in zip(market.groups, options, strict=True)]
-        for name in {*limits, wanted, DEGRADATION}
-    }
+    groups = list(zip(market.groups, market.usable(), strict=True))
+    tables = {name: _table(groups, counters[name].of) for name in {*limits, wanted, DEGRADATION}}
     try:
         solved = solve(Program(tables[wanted], {name: tables[name] for name in limits}, limits))
         if wanted != DEGRADATION:  # of all that cost the same, the one with the least degradation
@@ -121,8 +121,13 @@ def allocate(market: Market, budget: Budget, most_degradation: float | None = No
         if counter is None or error.wanted is None or error.nearest is None:
             raise
         raise InfeasibleError(error.limit, counter.total(error.wanted), counter.total(error.nearest), error.where) from None
-    chosen = {name: row[k] for group, row, k in zip(market.groups, options, solved.chosen, strict=True) for name in group}
+    chosen = {name: row[k] for (group, row), k in zip(groups, solved.chosen, strict=True) for name in group}
     return _allocation(market, chosen, solved, counters[wanted])
+
+
+def _table(groups: Sequence[tuple[Sequence[str], Sequence[Option]]], of: Callable[[str, Option], float]) -> list[list[float]]:
+    """One number for each group and each of its options: the sum over its layers."""
+    return [[sum(of(layer, option) for layer in group) for option in row] for group, row in groups]
 
 
 def _allocation(market: Market, chosen: Mapping[str, Option], solved: Solved, counter: _Counter) -> Allocation:

@@ -4,8 +4,9 @@ A partial allocation with objective `D` and costs `C` cannot end below
 
     D + lambda (C - b) + sum over undecided layers of min_k (d_lk + lambda c_lk)          for any prices lambda >= 0
 
-The greatest of these bounds for several prices decides: the best ones, and others around them, under which an allocation that has used too
-much of one limit looks as bad as it is. A first pass keeps a few thousand and finds a good allocation; the second keeps all that could beat it.
+The greatest of these bounds for several prices decides: the best ones, and others around them, under which an allocation that has used
+too much of one limit looks as bad as it is. A first pass keeps a few thousand and finds a good allocation; the second keeps all that could
+beat it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What an allocation costs: bytes as the packed file has them, bits, bit operations, and seconds where a table of them is given.
 
-    bytes of the file = constant + sum over layers (codes + steps + zero-points + biases)
+bytes of the file = constant + sum over layers (codes + steps + zero-points + biases)
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ the layer's output. To second order in `dy`
     KL(float || quantized)        =  E[(g . dy)^2] / 2      g of log p(label), the label drawn from the model itself
     || z_float - z_quantized ||^2  =  E[(g . dy)^2]          g of r . z, the signs r drawn at random
 
-The loss provides the scalar, `OutputLoss.probe`. `dy` comes from the layer alone, on its float input: one layer forward for each option. With
-K options and D draws the table costs a forward, D backward passes (towards inputs only, each about a forward) and K + 1 layer forwards.
+The loss provides the scalar, `OutputLoss.probe`. `dy` comes from the layer alone, on its float input: one layer forward for each option.
+With K options and D draws the table costs a forward, D backward passes (towards inputs only, each about a forward) and K + 1 layer
+forwards.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ class Fisher(SensitivityMethod):
         if self.draws < 1:
             raise OptionError(f"Fisher needs at least one draw, not {self.draws}")
 
-    def share(self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator) -> BatchShare:
+    def share(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
+    ) -> BatchShare:
         """See `SensitivityMethod`.
 
         Args:

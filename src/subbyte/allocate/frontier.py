@@ -26,11 +26,12 @@ def frontier(market: Market, points: int = POINTS) -> tuple[Allocation, ...]:
     """
     if points < 2:
         raise OptionError(f"a frontier has at least 2 points, not {points}")
-    costs, options = market.costs, market.usable()
-    ends = [
-        costs.constant_bytes + sum(pick(sum(costs.layers[name].bytes(option) for name in group) for option in row) for group, row in zip(market.groups, options, strict=True))
-        for pick in (min, max)
+    costs = market.costs
+    sizes = [
+        [sum(costs.layers[name].bytes(option) for name in group) for option in row]
+        for group, row in zip(market.groups, market.usable(), strict=True)
     ]
+    ends = [costs.constant_bytes + sum(map(pick, sizes)) for pick in (min, max)]
     found: list[Allocation] = []
     for k in range(points):
         size = ends[1] if k == points - 1 else math.floor(ends[0] * (ends[1] / ends[0]) ** (k / (points - 1)))

@@ -195,7 +195,7 @@ def _search(tables: _Tables) -> tuple[Indices, float, str] | None:
 
 
 def _without_dominated(objective: Array, costs: Array) -> Array:
-    """The objective with infinity in place of every option that another one of its group is nowhere worse than; of equals the first stays."""
+    """The objective, infinite for every option that another one of its group is nowhere worse than; of equals the first stays."""
     options = objective.shape[1]
     no_worse = np.ones((len(objective), options, options), dtype=bool)
     equal = np.ones_like(no_worse)

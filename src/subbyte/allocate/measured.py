@@ -1,8 +1,8 @@
 """Measured: each layer at each option in the float model, one at a time, and the loss of the whole. L times K forwards, at most.
 
-What lies before the changed layer is not computed again: the layers' outputs of the float forward are remembered for one batch, and in the
-forwards that follow, calls that come before the changed layer's first one answer with them. What lies between layers still runs, so that any
-eager model works.
+What lies before the changed layer is not computed again: the layers' outputs of the float forward are remembered for one batch, and in
+the forwards that follow, calls that come before the changed layer's first one answer with them. What lies between layers still runs, so
+that any eager model works.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Measured(SensitivityMethod):
     remember: bool = True
 
     @torch.no_grad()
-    def share(self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator) -> BatchShare:
+    def share(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
+    ) -> BatchShare:
         """See `SensitivityMethod`.
 
         Args:
@@ -84,7 +86,7 @@ class _Memory:
     def standing_in(self) -> Iterator[None]:
         """Layers of the float model ask the memory first."""
         for layer in self._layers:
-            layer.item.original.forward = self._answerer(layer)  # type: ignore[assignment, method-assign]
+            layer.item.original.forward = self._answerer(layer)
         try:
             yield
         finally:

@@ -48,7 +48,8 @@ def best_prices(objective: Array, costs: Array, limits: Array) -> Array:
         upper, prices = _highest(cuts)
         if upper - best <= 1e-10 * (1.0 + abs(best)):
             break
-    return best_prices_so_far / scale * spread
+    found: Array = best_prices_so_far / scale * spread
+    return found
 
 
 def _highest(cuts: Sequence[Array]) -> tuple[float, Array]:

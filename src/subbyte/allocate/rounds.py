@@ -1,9 +1,9 @@
 """Budgets that hold: a degradation limit is met as measured on the assembled model, not as predicted.
 
-The prediction adds up layers that were measured alone. How far it is from the truth depends on the widths, so it is corrected where it is
-used: solve for a predicted degradation `rhs`, assemble, measure, and move `rhs` to where the measured value should meet the limit. With `v`
-the measured value over its limit (the largest, of several limits), `log v` is interpolated over `log rhs` between the nearest `rhs` that met
-the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`.
+The prediction adds up layers that were measured alone. How far it is from the truth depends on the widths, so it is corrected where it
+is used: solve for a predicted degradation `rhs`, assemble, measure, and move `rhs` to where the measured value should meet the limit. With
+`v` the measured value over its limit (the largest, of several), `log v` is interpolated over `log rhs` between the nearest `rhs` that
+met the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`.
 """
 
 from __future__ import annotations

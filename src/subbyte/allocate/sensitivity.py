@@ -155,7 +155,9 @@ class SensitivityMethod(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def share(self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator) -> BatchShare:
+    def share(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
+    ) -> BatchShare:
         """What one batch adds to the table.
 
         Args:

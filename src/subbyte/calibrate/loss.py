@@ -85,7 +85,6 @@ class KLDivergence(OutputLoss):
         divergence = (p.exp() * (p - q)).sum(dim=-1)
         return divergence.sum(), torch.tensor(float(divergence.numel()), dtype=torch.float64, device=p.device)
 
-
     def probe(self, output: object, generator: torch.Generator) -> Tensor:
         """`sum log p(label) / sqrt 2`, the labels drawn from the model's own probabilities.
 
@@ -124,7 +123,6 @@ class RelativeSquaredError(OutputLoss):
             output: float32, the same shape.
         """
         return (reference.double() - output.double()).square().sum(), reference.double().square().sum()
-
 
     def probe(self, output: object, generator: torch.Generator) -> Tensor:
         """`sum r z` with random signs `r`.

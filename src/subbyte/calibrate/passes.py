@@ -54,9 +54,7 @@ class Method:
     sampling: RowSampling
 
 
-def calibrate_(
-    models: Models, data: CalibrationSet, method: Method, flavour: Flavour, kept: Kept, observer: Observer
-) -> dict[str, Judged]:
+def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Flavour, kept: Kept, observer: Observer) -> dict[str, Judged]:
     """Solve every layer and give the quantized model its codes.
 
     Args:
@@ -99,7 +97,7 @@ class _Solving:
     observer: Observer
 
     def run(self, models: Models, items: Sequence[CalibratedLayer], flavour: Flavour, before: Mapping[str, Judged]) -> dict[str, Judged]:
-        """Lockstep over all batches; layers are solved as soon as they are reached, those called several times when all forwards have ended.
+        """Lockstep over all batches; layers are solved as they are reached, those called several times when all forwards have ended.
 
         Returns what was found before and what is new.
         """

@@ -1,7 +1,7 @@
 """The bank: what a run has found, kept on disk so that a stopped run goes on where it was and another budget starts from it.
 
-An entry is a file of its own, written under a temporary name and then renamed: a process that is killed loses the entry that it was working on,
-and nothing else. Its name is a digest of everything that the entry depends on, so that a stale entry is never read.
+An entry is a file of its own, written under a temporary name and then renamed: a process that is killed loses the entry that it was
+working on, and nothing else. Its name is a digest of everything that the entry depends on, so that a stale entry is never read.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Bank:
     """
 
     def __init__(self, folder: Path | None = None) -> None:
+        self.run_folder = None if folder is None else Path(folder)
         self.folder = None if folder is None else Path(folder) / ENTRIES
         self._known: dict[str, Entry] = {}
 
