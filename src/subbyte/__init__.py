@@ -8,6 +8,7 @@ from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.networkwise import Networkwise
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.refinement import Refinement
@@ -46,6 +47,7 @@ __all__ = [
     "Measured",
     "MinMax",
     "ModelError",
+    "Networkwise",
     "OptionError",
     "OutputLoss",
     "Percentile",
