@@ -2,7 +2,7 @@
 
     python benchmarks/allocation.py accuracy resnet20 --seeds 0,1,2     # programme, greedy, uniform at 4, 3 and 2.5 bits on average
     python benchmarks/allocation.py sensitivity resnet20                # rank correlation of Fisher with Measured, and their times
-    python benchmarks/allocation.py limits digits                       # 20 random limits on a degradation: met? how near the smallest size?
+    python benchmarks/allocation.py limits digits                       # 20 random limits on KL: met? how near the smallest size?
 
 Widths are the paper's relaxed ones, 2 to 8 bits, the input as wide as the weights; no layer is pinned.
 """
@@ -142,9 +142,7 @@ def limits(task: Task, count: int, seed: int) -> None:
         worst = max(worst, result.size_bytes / smallest - 1.0)
         rounds.append(len(result.plan.rounds))
         print(f"  kl <= {limit:.4g}: {value:.4g} at {result.size_bytes:,} bytes, sweep {smallest:,}, {rounds[-1]} rounds", flush=True)
-    print(
-        f"{task.name}: {met} of {count} met; at most {100 * worst:.1f} % above the sweep's smallest; {np.mean(rounds):.1f} rounds on average"
-    )
+    print(f"{task.name}: {met} of {count} met; at most {100 * worst:.1f} % above the sweep's smallest; {np.mean(rounds):.1f} rounds each")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Budgets through the front door: bytes to the byte, limits that hold as measured, other budgets from the same bank, a run that was killed."""
+"""Budgets through the front door: bytes to the byte, limits that hold as measured, other budgets from one bank, a killed run."""
 
 from __future__ import annotations
 
@@ -200,7 +200,8 @@ sys.path.insert(0, {folder!r})
 import torch, subbyte
 torch.set_num_threads(1)
 from test_budget_net import build, SAMPLES
-result = subbyte.quantize(build(), SAMPLES, budget=subbyte.Budget(size=0.2, choices=subbyte.Choices((2, 4, 8))), bank=subbyte.Bank(Path(sys.argv[1])))
+budget = subbyte.Budget(size=0.2, choices=subbyte.Choices((2, 4, 8)))
+result = subbyte.quantize(build(), SAMPLES, budget=budget, bank=subbyte.Bank(Path(sys.argv[1])))
 result.save(Path(sys.argv[1]) / "packed")
 """
 
