@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from subbyte.allocate.fisher import Fisher
+from subbyte.allocate.sensitivity import SensitivityMethod
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour, Method
@@ -26,6 +28,7 @@ class Recipe:
         fold_batch_norms: whether batch norms are folded into the layers before them, where outputs prove it right.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
+        sensitivity: measures what each layer does to the model at each option, where a budget chooses the widths.
         refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
 
     Example:
@@ -40,6 +43,7 @@ class Recipe:
     symmetric_weights: bool = True
     fold_batch_norms: bool = True
     loss: OutputLoss = RelativeSquaredError()
+    sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()
 
     @property
