@@ -17,11 +17,13 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
 from subbyte.recipes import Recipe, rounding
 from subbyte.result import Result
+from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.widths import Widths
 
 __all__ = [
     "AdaQuant",
     "AdaRound",
+    "BatchNormTuning",
     "Blockwise",
     "DataError",
     "FileError",

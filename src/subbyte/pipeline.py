@@ -17,7 +17,7 @@ from subbyte.calibrate.whole import Judge, guard_whole_
 from subbyte.export.packed import state_bytes, structure_of
 from subbyte.model.batches import Batch, as_batches, probes, sample_count
 from subbyte.model.clipping import find_clips
-from subbyte.model.fold import fold_batch_norms_
+from subbyte.model.fold import fold_batch_norms_, norm_outputs
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.recipes import Recipe
@@ -74,7 +74,7 @@ def quantize(
     original = copy_of(model)
     folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches)
     clips = find_clips(original, found.layers, probes(batches))
-    models = prepare(original, found.layers, options, clips, symmetric=recipe.symmetric_weights)
+    models = prepare(original, found.layers, options, clips, norm_outputs(model, folds), symmetric=recipe.symmetric_weights)
     held_out = held_out_samples([sample_count(batch) for batch in batches], recipe.sampling.held_out, seed)
     calibration = CalibrationSet(batches, held_out, seed)
 
