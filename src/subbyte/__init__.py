@@ -4,7 +4,7 @@ from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
-from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.loss import CosineDistance, KLDivergence, OutputLoss, RelativeSquaredError
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.refinement import Refinement
@@ -18,13 +18,16 @@ from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Rang
 from subbyte.recipes import Recipe, rounding
 from subbyte.result import Result
 from subbyte.tune.batch_norm import BatchNormTuning
+from subbyte.tune.bias import BiasTuning
 from subbyte.widths import Widths
 
 __all__ = [
     "AdaQuant",
     "AdaRound",
     "BatchNormTuning",
+    "BiasTuning",
     "Blockwise",
+    "CosineDistance",
     "DataError",
     "FileError",
     "Flavour",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
@@ -26,6 +27,7 @@ from subbyte.run.events import Observer, Warned, ignore
 from subbyte.widths import Widths
 
 
+@torch.inference_mode(mode=False)  # what is made here may meet a backward pass
 def quantize(
     model: nn.Module,
     data: Tensor | Iterable[Batch],
