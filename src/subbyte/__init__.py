@@ -5,6 +5,7 @@ from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import CosineDistance, KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.networkwise import Networkwise
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.refinement import Refinement
@@ -40,6 +41,7 @@ __all__ = [
     "LeastOutputError",
     "MinMax",
     "ModelError",
+    "Networkwise",
     "OptionError",
     "OutputLoss",
     "Percentile",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +25,46 @@ def half_cosine(share: float) -> float:
         (1.0, 0.5, 0.0)
     """
     return 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+class Rates(Protocol):
+    """Adam's rates for the groups of parameters, in the parameters' own units."""
+
+    @property
+    def weight_rate(self) -> float:
+        """For weights."""
+
+    @property
+    def bias_rate(self) -> float:
+        """For biases."""
+
+    @property
+    def weight_step_rate(self) -> float:
+        """For weight steps."""
+
+    @property
+    def activation_rate(self) -> float:
+        """For input steps and zero-points."""
+
+
+def adam(parameters: Sequence[JointParameters], rates: Rates) -> torch.optim.Optimizer:
+    """Adam with the paper's four groups.
+
+    Args:
+        parameters: of all layers that move together.
+        rates: of the groups.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 3.1: the groups; Kingma, Ba 2014 (arXiv 1412.6980).
+    """
+    return torch.optim.Adam(
+        [
+            {"params": [each.raw_weight for each in parameters], "lr": rates.weight_rate},
+            {"params": [each.raw_bias for each in parameters], "lr": rates.bias_rate},
+            {"params": [each.raw_weight_step for each in parameters], "lr": rates.weight_step_rate},
+            {"params": [tensor for each in parameters for tensor in each.raw_activation], "lr": rates.activation_rate},
+        ]
+    )
 
 
 class JointParameters:

@@ -30,7 +30,7 @@ from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import standing_in
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, map_tensors, sample_count, select_samples, tensors
+from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples, tensors
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
@@ -48,7 +48,7 @@ class BiasTuning(Refinement):
         stop_by: what is to become small on those that are held out; the best state by it is kept.
         optimizer: how parameters are moved.
         epochs: how often every sample is seen, at most.
-        batch_samples: samples of one gradient step, at most; never from several batches of the calibration set.
+        batch_samples: samples of one gradient step, at most; of different batches only where these fit together.
         bias_rate: rate of the biases, in standard deviations of the layer's output.
         step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
         norm_biases: whether biases of norm layers (layer, group, instance and batch norms that are still there) are trained too.
@@ -186,15 +186,15 @@ class _Tuning:
             parameter.copy_(value)
 
 
-def _fit_parts(model: nn.Module, data: CalibrationSet) -> list[Batch]:
-    """The samples of each batch that are not held out; none if the model does not run on a part of a batch."""
+def _fit_parts(model: nn.Module, data: CalibrationSet) -> tuple[Batch, ...]:
+    """The samples that are not held out, in one batch where they fit together; none if the model does not run on a part of a batch."""
     parts = [select_samples(batch, ~mask) for batch, mask in zip(data.batches, data.held_out, strict=True) if not bool(mask.all())]
     try:
         with torch.no_grad():
             call(model, parts[0])
     except Exception:  # noqa: BLE001 - whatever a user's model says to another batch size
-        return []
-    return parts
+        return ()
+    return joined(parts)
 
 
 def _shuffled(parts: Sequence[Batch], most: int, generator: torch.Generator) -> Iterator[Batch]:
