@@ -217,7 +217,8 @@ def test_images_are_prepared_as_the_options_say(run: Run, folder: Path) -> None:
     for index in range(12):
         Image.fromarray(chance.integers(0, 256, (9, 12, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
     done = run(
-        "quantize --model net.py:ready --data images --size 8x10 --mean 104,117,123 --std 50,50,50 --channel-order bgr --value-range 255 "
+        "quantize --model net.py:ready --data images --image-size 8x10 --mean 104,117,123 --std 50,50,50 --channel-order bgr "
+        "--value-range 255 "
         "--out a.st"
     )
     assert done.code == 0, done.err
@@ -295,7 +296,7 @@ BAD = [
     (2, f"{QUANTIZE} --out a.st --pin stem=11", "stem.*2 to 8"),
     (2, f"{QUANTIZE} --out a.st --include nothing*", "nothing"),
     (2, f"{QUANTIZE} --out a.st --flavour sideways", "--flavour"),
-    (2, f"{QUANTIZE} --out a.st --size 8by8", "--size.*8by8"),
+    (2, f"{QUANTIZE} --out a.st --image-size 8by8", "--image-size.*8by8"),
     (2, f"{QUANTIZE} --out a.st --mean a,b", "--mean.*'a,b'"),
     (2, f"{QUANTIZE} --out a.st --mean 1,2 --std 1", "mean and std"),
     (2, f"{QUANTIZE} --out a.st --batch-size 0", "--batch-size"),

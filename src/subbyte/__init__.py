@@ -1,5 +1,8 @@
 """subbyte: post-training quantization below eight bits, from a trained model and a few hundred unlabeled samples."""
 
+from subbyte.allocate.fisher import Fisher
+from subbyte.allocate.measured import Measured
+from subbyte.budget import Budget
 from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
@@ -11,13 +14,15 @@ from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
-from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.choices import Choices
+from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.packed import load
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
-from subbyte.recipes import Recipe, rounding
+from subbyte.recipes import Recipe, advanced, light, relaxed, rounding, weight_only
 from subbyte.result import Result
+from subbyte.run.bank import Bank
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
 from subbyte.widths import Widths
@@ -25,20 +30,26 @@ from subbyte.widths import Widths
 __all__ = [
     "AdaQuant",
     "AdaRound",
+    "Bank",
     "BatchNormTuning",
     "BiasTuning",
     "Blockwise",
+    "Budget",
+    "Choices",
     "CosineDistance",
     "DataError",
     "FileError",
+    "Fisher",
     "Flavour",
     "Grid",
+    "InfeasibleError",
     "KLDivergence",
     "Lattice",
     "LayerError",
     "LayerProblem",
     "LayerSolution",
     "LeastOutputError",
+    "Measured",
     "MinMax",
     "ModelError",
     "Networkwise",
@@ -55,7 +66,11 @@ __all__ = [
     "Solver",
     "SubbyteError",
     "Widths",
+    "advanced",
+    "light",
     "load",
     "quantize",
+    "relaxed",
     "rounding",
+    "weight_only",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import subbyte
 from subbyte import BatchNormTuning, Recipe, Widths
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
 from subbyte.model.batches import as_batches
@@ -20,6 +21,7 @@ from subbyte.model.layers import survey
 from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.model.replace import copy_of
 from subbyte.quantizers.grid import Grid
+from subbyte.run.bank import Bank
 from subbyte.run.events import Event, StageFinished, StageStarted, ignore
 from subbyte.tune.batch_norm import ChannelStatistics, Reference, re_estimated
 
@@ -51,7 +53,7 @@ def rounded(model: nn.Module, data: Tensor | Sequence[Tensor], held_out: Sequenc
     mask = torch.zeros(sum(counts), dtype=torch.bool)
     mask[list(held_out)] = True
     calibration = CalibrationSet(batches, mask.split(counts), 0)
-    calibrate_(models, calibration, ROUNDED.method, ROUNDED.flavour, ignore)
+    calibrate_(models, calibration, ROUNDED.method, ROUNDED.flavour, Kept(Bank(), ""), ignore)
     return models, calibration
 
 

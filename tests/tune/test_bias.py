@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import subbyte
 from subbyte import BiasTuning, CosineDistance, KLDivergence, OptionError, OutputLoss, Recipe, RelativeSquaredError, Widths
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
 from subbyte.calibrate.whole import Judge
@@ -20,6 +21,7 @@ from subbyte.model.batches import Batch, as_batches
 from subbyte.model.layers import survey
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
+from subbyte.run.bank import Bank
 from subbyte.run.events import Event, StageFinished, StageStarted, ignore
 from subbyte.tune.bias import mixed
 from subbyte.tune.optimizer import SGD, Adam, Optimizer
@@ -42,7 +44,7 @@ def rounded(model: nn.Module, batches: Sequence[Batch], held_out: int = 2) -> tu
     models = prepare(copy_of(model), found.layers, options, {}, {}, symmetric=True)
     counts = [len(next(iter(batch.values())) if isinstance(batch, dict) else batch) for batch in batches]
     data = CalibrationSet(batches, tuple(torch.arange(count) < held_out for count in counts), 0)
-    calibrate_(models, data, ROUNDED.method, ROUNDED.flavour, ignore)
+    calibrate_(models, data, ROUNDED.method, ROUNDED.flavour, Kept(Bank(), ""), ignore)
     return models, data
 
 

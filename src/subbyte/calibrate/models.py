@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -96,6 +96,18 @@ def prepare(
         clip, norm = clips.get(layer.name, Clip()), norms.get(layer.name)
         items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip, norm))
     return Models(original, quantized, tuple(items))
+
+
+def at_option(item: CalibratedLayer, option: tuple[int, int | None]) -> CalibratedLayer:
+    """The same layer at another option.
+
+    Args:
+        item: the layer.
+        option: `(weight bits, activation bits or None)`.
+    """
+    weight_bits, activation_bits = option
+    weight_grid = Grid(weight_bits, symmetric=item.weight_grid.symmetric)
+    return replace(item, weight_grid=weight_grid, activation_grid=None if activation_bits is None else Grid(activation_bits))
 
 
 def assign_(models: Models, solutions: Mapping[str, LayerSolution]) -> None:
