@@ -108,7 +108,7 @@ def relaxed() -> Recipe:
         >>> relaxed().choices.weight_bits
         (2, 3, 4, 5, 6, 7, 8)
     """
-    return Recipe(refinements=(BatchNormTuning(), BiasTuning(mixing=0.5)))
+    return Recipe(refinements=(BatchNormTuning(), BiasTuning()))
 
 
 def weight_only() -> Recipe:

@@ -70,14 +70,14 @@ class BiasTuning(Refinement):
     loss: OutputLoss = RelativeSquaredError()
     stop_by: OutputLoss = RelativeSquaredError()
     optimizer: Optimizer = Adam()
-    epochs: int = 10
+    epochs: int = 4
     batch_samples: int = 32
     bias_rate: float = 3e-3
     step_rate: float = 0.0
     norm_biases: bool = False
-    mixing: float = 0.0
+    mixing: float = 1.0
     augment: Augmentation | None = None
-    patience: int = 5
+    patience: int = 4
 
     def __post_init__(self) -> None:
         counts, rates = (self.epochs, self.batch_samples, self.patience), (self.bias_rate, self.step_rate)
