@@ -1,11 +1,11 @@
 """What each step of each recipe brings: accuracy, agreement and KL divergence on test images after every step, at two sizes.
 
-A recipe chooses the widths within a size (a share of the float32 bytes), solves the layers, and refines the whole step by step; each step
-is kept only if the loss on held-out calibration samples falls. Here the model is scored on the test images as each step has left it, which
-nothing else sees. "rounding" is plain rounding at the very widths that the recipe chose.
+A recipe chooses the widths (4 or 3 bits a weight on average: 1/8 or 3/32 of float32), solves the layers, and refines the whole step by step;
+each step is kept only if the loss on held-out calibration samples falls. Here the model is scored on the test images as each step has left
+it, which nothing else sees. "rounding" is plain rounding at the very widths that the recipe chose.
 
     python benchmarks/recipes.py --out docs/results/recipes.json                                       # every row: many hours on two cores
-    python benchmarks/recipes.py --network resnet20 --size 0.125 --recipe light --seeds 0              # a part
+    python benchmarks/recipes.py --network resnet20 --bits 4 --recipe light --seeds 0                  # a part
     python benchmarks/recipes.py --table docs/results/recipes.json                                     # print the tables of an earlier run
 """
 
@@ -31,7 +31,7 @@ from subbyte.run.events import Observer
 from subbyte.tasks import TASKS, Task
 
 NETWORKS = ("resnet20", "resnet56", "mobilenet_v1", "squeezenet")
-SIZES = (0.125, 0.09375)
+AVERAGE_BITS = (4.0, 3.0)
 RECIPES = {"light": subbyte.light(), "advanced": subbyte.advanced(), "relaxed": subbyte.relaxed()}
 Row = dict[str, Any]
 
@@ -88,7 +88,7 @@ class Watched(subbyte.Refinement):
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each step of each recipe brings.")
     parser.add_argument("--network", choices=NETWORKS, action="append", help="only this one (may be repeated)")
-    parser.add_argument("--size", type=float, action="append", help="share of the float32 bytes (may be repeated)")
+    parser.add_argument("--bits", type=float, action="append", help="of a weight, on average (may be repeated)")
     parser.add_argument("--recipe", choices=sorted(RECIPES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=256)
@@ -101,31 +101,41 @@ def main() -> None:
         return
     torch.set_num_threads(options.threads)
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
-    known = {(row["network"], row["size"], row["recipe"], row["seed"]) for row in rows}
+    known = {(row["network"], row["budget_bits"], row["recipe"], row["seed"]) for row in rows}
     for network in options.network or NETWORKS:
         for seed in map(int, options.seeds.split(",")):
-            wanted = [(size, name) for size in options.size or SIZES for name in options.recipe or RECIPES]
-            wanted = [(size, name) for size, name in wanted if (network, size, name, seed) not in known]
+            wanted = [(bits, name) for bits in options.bits or AVERAGE_BITS for name in options.recipe or RECIPES]
+            wanted = [(bits, name) for bits, name in wanted if (network, bits, name, seed) not in known]
             if not wanted:
                 continue
             task = TASKS[network](samples=options.samples, seed=seed)
             images, forward_seconds = TestImages(task), forward(task)
-            for size, name in wanted:
-                row = {"network": network, "size": size, "recipe": name, "seed": seed, "samples": options.samples}
-                rows.append(row | measure(task, images, size, RECIPES[name], seed) | {"forward_seconds": round(forward_seconds, 3)})
-                rows[-1] |= {"threads": options.threads, "cores": os.cpu_count()}
+            bank, solved = (
+                subbyte.Bank(),
+                set[object](),
+            )  # one recipe's layers are there for the next one
+            for bits, name in wanted:
+                row: Row = {"network": network, "budget_bits": bits, "recipe": name, "seed": seed, "samples": options.samples}
+                try:
+                    row |= measure(task, images, bits, RECIPES[name], seed, bank) | {"forward_seconds": round(forward_seconds, 3)}
+                except subbyte.InfeasibleError as error:  # 4 and 8 bits cannot make 3 on average
+                    print(f"{network}, {name}: {error}", flush=True)
+                    continue
+                row |= {"alone": RECIPES[name].method not in solved, "threads": options.threads, "cores": os.cpu_count()}
+                solved.add(RECIPES[name].method)
+                rows.append(row)
                 print(steps_table(rows[-1:]), flush=True)
                 if options.out:
                     options.out.parent.mkdir(parents=True, exist_ok=True)
                     options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
-def measure(task: Task, images: TestImages, size: float, recipe: subbyte.Recipe, seed: int) -> Row:
-    """One recipe at one size: the float model, plain rounding at the chosen widths, and every step."""
+def measure(task: Task, images: TestImages, bits: float, recipe: subbyte.Recipe, seed: int, bank: subbyte.Bank) -> Row:
+    """One recipe within one budget: the float model, plain rounding at the chosen widths, and every step."""
     seen: list[Row] = []
     watched = tuple(Watched(refinement, images, seen) for refinement in (*recipe.refinements, None))
-    budget = subbyte.Budget(size=size)
-    result = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=replace(recipe, refinements=watched), seed=seed)
+    recipe = replace(recipe, refinements=watched)
+    result = subbyte.quantize(task.model, task.calibration, budget=subbyte.Budget(average_bits=bits), recipe=recipe, seed=seed, bank=bank)
     widths = subbyte.Widths(pinned=result.allocation)
     rounded = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=subbyte.rounding(), seed=seed)
     steps: list[Row] = [{"step": "layers", "loss": result.measured.loss, "kept": result.measured.rejected_loss is None}]
@@ -167,36 +177,38 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
-    """Rows of the same network, size and recipe."""
+    """Rows of the same network, budget and recipe."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["network"], row["size"], row["recipe"]), []).append(row)
+        groups.setdefault((row["network"], row["budget_bits"], row["recipe"]), []).append(row)
     return groups
 
 
 def recipes_table(rows: Sequence[Row]) -> str:
-    """One line for each network, size and recipe; means over seeds."""
-    lines = ["| network | size | recipe | seeds | float | top-1 (range) | rounding | bits | bytes | seconds | x forward |"]
+    """One line for each network, budget and recipe; means over seeds, times of runs that found no layer solved by an earlier one."""
+    lines = ["| network | budget | recipe | seeds | float | top-1 (range) | rounding | bits | bytes | seconds | x forward |"]
     lines.append("|---|---|---|---|---|---|---|---|---|---|---|")
-    for (network, size, recipe), group in grouped(rows).items():
+    for (network, bits, recipe), group in grouped(rows).items():
         top1 = [row["steps"][-1]["top1"] for row in group]
-        mean = {key: statistics.fmean(row[key] for row in group) for key in ("float_top1", "average_bits", "bytes", "seconds")}
+        mean = {key: statistics.fmean(row[key] for row in group) for key in ("float_top1", "average_bits", "bytes")}
         rounding = statistics.fmean(row["rounding"]["top1"] for row in group)
-        ratio = statistics.median(row["seconds"] / row["forward_seconds"] for row in group)
+        alone = [row for row in group if row["alone"]]
+        ratio = f"{statistics.median(row['seconds'] / row['forward_seconds'] for row in alone):.0f}" if alone else ""
+        seconds = f"{statistics.fmean(row['seconds'] for row in alone):.0f}" if alone else ""
         reached = f"{mean['float_top1']:.2f} | **{statistics.fmean(top1):.2f}** ({min(top1):.2f} to {max(top1):.2f}) | {rounding:.2f}"
-        spent = f"{mean['average_bits']:.2f} | {mean['bytes']:,.0f} | {mean['seconds']:.0f} | {ratio:.0f}"
-        lines.append(f"| {network} | {size} | {recipe} | {len(group)} | {reached} | {spent} |")
+        spent = f"{mean['average_bits']:.2f} | {mean['bytes']:,.0f} | {seconds} | {ratio}"
+        lines.append(f"| {network} | {bits:g} | {recipe} | {len(group)} | {reached} | {spent} |")
     return "\n".join(lines)
 
 
 def steps_table(rows: Sequence[Row]) -> str:
     """One line for each step of each recipe; means over seeds."""
     lines = [
-        "| network | size | recipe | step | kept | loss | top-1 | agreement | KL | seconds |",
+        "| network | budget | recipe | step | kept | loss | top-1 | agreement | KL | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (network, size, recipe), group in grouped(rows).items():
-        head = f"| {network} | {size} | {recipe}"
+    for (network, bits, recipe), group in grouped(rows).items():
+        head = f"| {network} | {bits:g} | {recipe}"
         plain = {key: statistics.fmean(row["rounding"][key] for row in group) for key in ("loss", "top1", "agreement", "kl")}
         lines.append(f"{head} | rounding | | {plain['loss']:.4f} | {plain['top1']:.2f} | {plain['agreement']:.2f} | {plain['kl']:.4f} | |")
         for index, step in enumerate(group[0]["steps"]):

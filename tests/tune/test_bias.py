@@ -164,7 +164,7 @@ def test_held_out_samples_have_no_say_in_what_is_trained(setting: tuple[Models, 
     spoiled = tuple(
         torch.where(mask[:, None, None, None], 0.9 * batch, batch) for batch, mask in zip(data.batches, data.held_out, strict=True)
     )
-    once = replace(QUICK, epochs=1)
+    once = replace(QUICK, epochs=1, mixing=0.0)
     once.refine_(models, data, ignore)
     once.refine_(twin, replace(data, batches=spoiled), ignore)
     assert all(torch.equal(a.bias, b.bias) for a, b in zip(states(models), states(twin), strict=True))
@@ -237,6 +237,23 @@ def test_a_model_that_takes_no_part_of_a_batch_is_left_as_it_is() -> None:
     before = states(models)
     assert QUICK.refine_(models, data, ignore)[0].startswith("nothing done: the model does not run on a part of a batch")
     assert states(models)[0].bias is before[0].bias
+
+
+@pytest.mark.parametrize("obstacle", [lambda y: y.detach(), lambda y: torch.from_numpy(y.numpy() * 1.0)], ids=["detach", "numpy"])
+def test_a_model_without_gradients_is_left_as_it_is(obstacle: Callable[[Tensor], Tensor]) -> None:
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return obstacle(self.fc(x))
+
+    models, data = rounded(Opaque().eval(), [torch.randn(16, 4)])
+    before = states(models)
+    assert QUICK.refine_(models, data, ignore)[0].startswith("nothing done: the model cannot be differentiated: ")
+    assert states(models)[0].bias is before[0].bias
+    assert all(parameter.grad is None for parameter in models.quantized.parameters())
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])

@@ -95,9 +95,12 @@ class BiasTuning(Refinement):
         parts = _fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
+        tuning = _Tuning(models, parts, self, Judge.of(models.original, data, self.stop_by))
+        if obstacle := tuning.obstacle():
+            return (f"nothing done: the model cannot be differentiated: {obstacle}",)
         started = time.perf_counter()
         observer(StageStarted(self.name))
-        note = _Tuning(models, parts, self, Judge.of(models.original, data, self.stop_by)).run_(data.seed)
+        note = tuning.run_(data.seed)
         observer(StageFinished(self.name, time.perf_counter() - started))
         mixable = any(tensor.is_floating_point() for tensor in tensors(parts[0]))
         return (note,) if mixable or not self.mixing else (note, "nothing was mixed: inputs are no floating-point numbers")
@@ -142,6 +145,16 @@ class _Tuning:
         self._groups += [(step, settings.step_rate) for layer in self._layers for step in layer.steps]
         self._parameters = [parameter for parameter, _ in self._groups]
 
+    def obstacle(self) -> str:
+        """Why the model's outputs have no gradient for the parameters; empty if they do."""
+        few = select_samples(self._parts[0], torch.arange(min(2, sample_count(self._parts[0]))))
+        try:
+            with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
+                self._loss(few).backward(inputs=self._parameters)
+        except RuntimeError as error:  # torch's, or the model's own, which may do what has no gradient
+            return str(error)
+        return ""
+
     def run_(self, seed: int) -> str:
         """Train, and leave the best state in the quantized model; what became of it in words."""
         settings, generator = self._settings, generator_for(seed, "bias tuning")
@@ -154,12 +167,14 @@ class _Tuning:
             for epoch in range(1, settings.epochs + 1):
                 for batch in _shuffled(self._parts, settings.batch_samples, generator):
                     optimizer.zero_grad()
-                    self._loss(batch, generator).backward(inputs=self._parameters)
-                    optimizer.step()
+                    loss = self._loss(self._changed(batch, generator))
+                    if loss.requires_grad:  # not where a batch reaches no layer that is trained
+                        loss.backward(inputs=self._parameters)
+                        optimizer.step()
                     schedule.step()
-                loss = self._judge.loss_of(self._models.quantized)
-                if loss < least:
-                    least, best, best_epoch = loss, self._values(), epoch
+                reached = self._judge.loss_of(self._models.quantized)
+                if reached < least:
+                    least, best, best_epoch = reached, self._values(), epoch
                 if epoch - best_epoch >= settings.patience:
                     break
         self._restore_(best)
@@ -169,10 +184,13 @@ class _Tuning:
         named = f"{type(settings.stop_by).__name__} {first:.4g} -> {least:.4g}"
         return f"best after {best_epoch} of {epoch} epochs, {named}" if best_epoch else f"nothing better found in {epoch} epochs, {named}"
 
-    def _loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def _changed(self, batch: Batch, generator: torch.Generator) -> Batch:
+        batch = self._settings.augment(batch, generator) if self._settings.augment else batch
+        return mixed(batch, self._settings.mixing, generator) if self._settings.mixing else batch
+
+    def _loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            batch = self._settings.augment(batch, generator) if self._settings.augment else batch
-            batch = mixed(batch, self._settings.mixing, generator) if self._settings.mixing else batch
             reference = call(self._models.original, batch)
         above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss)
         return above / below.clamp(min=torch.finfo(torch.float32).tiny)
