@@ -1,8 +1,8 @@
 """What each step of each recipe brings: accuracy, agreement and KL divergence on test images after every step, at two sizes.
 
-A recipe chooses the widths (4 or 3 bits a weight on average: 1/8 or 3/32 of float32), solves the layers, and refines the whole step by step;
-each step is kept only if the loss on held-out calibration samples falls. Here the model is scored on the test images as each step has left
-it, which nothing else sees. "rounding" is plain rounding at the very widths that the recipe chose.
+A recipe chooses the widths (4 or 3 bits a weight on average: 1/8 or 3/32 of float32), solves the layers, and refines the whole step by
+step; each step is kept only if the loss on held-out calibration samples falls. Here the model is scored on the test images as each step has
+left it, which nothing else sees. "rounding" is plain rounding at the very widths that the recipe chose.
 
     python benchmarks/recipes.py --out docs/results/recipes.json                                       # every row: many hours on two cores
     python benchmarks/recipes.py --network resnet20 --bits 4 --recipe light --seeds 0                  # a part
