@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
 from subbyte.calibrate.loss import OutputLoss, floats
-from subbyte.errors import LayerError, OptionError
+from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, sample_count
 
 
@@ -65,6 +65,7 @@ class Fisher(SensitivityMethod):
 
         Raises:
             LayerError: if a layer is called, and no gradient comes back to it.
+            ModelError: if the model cannot be differentiated.
             OptionError: if the loss has no probe.
         """
         samples = sample_count(batch)
@@ -74,7 +75,7 @@ class Fisher(SensitivityMethod):
             scalars = [loss.probe(output, generator) for _ in range(self.draws)]
             for draw, scalar in enumerate(scalars):
                 if scalar.requires_grad:
-                    scalar.backward(retain_graph=draw + 1 < self.draws)
+                    _backward(scalar, again=draw + 1 < self.draws)
         changes = {layer.item.layer.name: torch.zeros(self.draws, len(layer.states), samples, dtype=torch.float64) for layer in layers}
         with torch.no_grad():
             while calls:
@@ -82,6 +83,13 @@ class Fisher(SensitivityMethod):
                 changes[one.layer.item.layer.name] += one.changes(samples)
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in floats(output))
         return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+
+
+def _backward(scalar: Tensor, *, again: bool) -> None:
+    try:
+        scalar.backward(retain_graph=again)
+    except RuntimeError as error:
+        raise ModelError(f"the model cannot be differentiated: {error}; use the sensitivity method Measured()") from error
 
 
 @dataclass(eq=False)

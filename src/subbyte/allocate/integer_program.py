@@ -167,6 +167,8 @@ class _Tables:
 
 def _search(tables: _Tables) -> tuple[Indices, float, str] | None:
     """Chosen options, bound and status; None if nothing is within the limits."""
+    if not len(tables.limits):
+        return tables.objective.argmin(axis=1), float(tables.objective.min(axis=1).sum()), OPTIMAL
     objective = _without_dominated(tables.objective, tables.costs)
     costs = np.where(np.isfinite(objective), tables.costs, 0.0)
     prices = best_prices(objective, costs, tables.limits)

@@ -73,9 +73,9 @@ class JointParameters:
     `raw_weight`: `W + V` in units of the present step; `raw_bias`: in units of the output's spread; `raw_weight_step`, `raw_activation[0]`:
     the logarithm of the ratio to the first step; `raw_activation[1]`: the zero-point. Rounding is straight-through.
 
-    In units of the present step a weight keeps its code when the step moves, and the step's gradient is that of the objective for fixed codes.
-    With absolute rates, as in the paper, all units are 1, the steps themselves are moved, they have LSQ's gradient, and a step that moves a
-    little makes many codes jump.
+    In units of the present step a weight keeps its code when the step moves, and the step's gradient is the objective's for fixed codes.
+    With absolute rates, as in the paper, all units are 1, the steps themselves are moved and have LSQ's gradient, and a step that moves
+    a little makes many codes jump.
 
     Args:
         start: where to start; tensors as its docstring says.

@@ -69,7 +69,8 @@ def _entry(judged: Judged) -> Entry:
     for role, solution in (("kept", judged.solution), ("baseline", judged.baseline)):
         tensors |= {f"{role}.{name}": getattr(solution, name).clone() for name in _TENSORS}
         if solution.activation is not None:
-            tensors |= {f"{role}.activation_scale": solution.activation[0], f"{role}.activation_zero_point": solution.activation[1]}
+            scale, zero_point = solution.activation
+            tensors |= {f"{role}.activation_scale": scale.clone(), f"{role}.activation_zero_point": zero_point.clone()}
     facts = {
         "solver": judged.solution.solver,
         "baseline_solver": judged.baseline.solver,

@@ -13,6 +13,7 @@ from subbyte.budget import Quantity
 from subbyte.choices import ALL_BITS
 from subbyte.cli.options import bits_or_none, pins_from
 from subbyte.errors import OptionError
+from subbyte.run.bank import ENTRIES
 
 PACKED_NAME = "model.subbyte.safetensors"
 
@@ -109,7 +110,7 @@ def budget_from(limits: dict[str, float | None], minimize: Quantity | None, choi
 
 
 def is_run_folder(out: str) -> bool:
-    """Whether `--out` names a run folder: it ends in a slash, or is a folder.
+    """Whether `--out` names a run folder: it ends in a slash, or is one already.
 
     Args:
         out: as given.
@@ -118,4 +119,4 @@ def is_run_folder(out: str) -> bool:
         >>> is_run_folder("run/"), is_run_folder("net.subbyte.safetensors")
         (True, False)
     """
-    return out.endswith(("/", "\\")) or Path(out).is_dir()
+    return out.endswith("/") or (Path(out) / ENTRIES).is_dir()
