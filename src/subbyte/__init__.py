@@ -1,44 +1,62 @@
 """subbyte: post-training quantization below eight bits, from a trained model and a few hundred unlabeled samples."""
 
+from subbyte.allocate.fisher import Fisher
+from subbyte.allocate.measured import Measured
+from subbyte.budget import Budget
 from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
-from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.loss import CosineDistance, KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.networkwise import Networkwise
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
-from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.choices import Choices
+from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.packed import load
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
-from subbyte.recipes import Recipe, rounding
+from subbyte.recipes import Recipe, advanced, light, relaxed, rounding, weight_only
 from subbyte.result import Result
+from subbyte.run.bank import Bank
+from subbyte.tune.batch_norm import BatchNormTuning
+from subbyte.tune.bias import BiasTuning
 from subbyte.widths import Widths
 
 __all__ = [
     "AdaQuant",
     "AdaRound",
+    "Bank",
+    "BatchNormTuning",
+    "BiasTuning",
     "Blockwise",
+    "Budget",
+    "Choices",
+    "CosineDistance",
     "DataError",
     "ExportWarning",
     "Exported",
     "FileError",
+    "Fisher",
     "Flavour",
     "Grid",
+    "InfeasibleError",
     "KLDivergence",
     "Lattice",
     "LayerError",
     "LayerProblem",
     "LayerSolution",
     "LeastOutputError",
+    "Measured",
     "MinMax",
     "ModelError",
+    "Networkwise",
     "OnnxRuntimeCPU",
     "OpenVINOCPU",
     "OptionError",
@@ -56,7 +74,11 @@ __all__ = [
     "SubbyteError",
     "Target",
     "Widths",
+    "advanced",
+    "light",
     "load",
     "quantize",
+    "relaxed",
     "rounding",
+    "weight_only",
 ]

@@ -2,6 +2,7 @@
 
 SubbyteError
   OptionError       an argument or command-line option that cannot be served
+    InfeasibleError ... because no allocation is within a limit; it says what the nearest value is
   ModelError        a model that cannot be quantized as it is
     LayerError      ... because of one layer, which `layer` names
   DataError         calibration data that the model or the method cannot use
@@ -32,6 +33,27 @@ class OptionError(SubbyteError, ValueError):
         Traceback (most recent call last):
         subbyte.errors.OptionError: weight_bits: a grid has 2 to 8 bits, not 9
     """
+
+
+class InfeasibleError(OptionError):
+    """No allocation of widths is within a limit, or none was found whose measured degradation is.
+
+    `limit` is the binding limit's name, `wanted` its value, `nearest` the nearest value that can be had, `where` what else it depends on;
+    None where there is no such number.
+
+    Example:
+        >>> InfeasibleError("bytes", 1000, 1234.0).nearest
+        1234.0
+    """
+
+    def __init__(self, limit: str, wanted: float | None, nearest: float | None, where: str = "") -> None:
+        beside = f" {where}" if where else ""
+        if wanted is None or nearest is None:
+            text = f"no allocation is within the limits on {limit} together; raise one of them"
+        else:
+            text = f"no allocation has {limit} within {wanted:.6g}{beside}; the least is {nearest:.6g}"
+        super().__init__(text)
+        self.limit, self.wanted, self.nearest, self.where = limit, wanted, nearest, where
 
 
 class ModelError(SubbyteError):

@@ -5,35 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
+from subbyte.assemble import Assembler
+from subbyte.budget import Budget
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.kept import Kept, run_digest
 from subbyte.calibrate.loss import check_output
-from subbyte.calibrate.models import prepare
-from subbyte.calibrate.passes import calibrate_
-from subbyte.calibrate.refinement import refine_guarded_
-from subbyte.calibrate.rows import held_out_samples
-from subbyte.calibrate.whole import Judge, guard_whole_
-from subbyte.export.packed import state_bytes, structure_of
-from subbyte.model.batches import Batch, as_batches, probes, sample_count
+from subbyte.calibrate.whole import Judge
+from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
+from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
-from subbyte.model.fold import fold_batch_norms_
+from subbyte.model.fold import fold_batch_norms_, norm_outputs
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
+from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
 from subbyte.result import Result, layer_report, still_float, warnings_for
+from subbyte.run.bank import Bank
 from subbyte.run.events import Observer, Warned, ignore
 from subbyte.widths import Widths
 
 
-def quantize(
+@torch.inference_mode(mode=False)  # what is made here may meet a backward pass
+def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its own
     model: nn.Module,
     data: Tensor | Iterable[Batch],
     *,
-    widths: Widths = Widths(),  # noqa: B008 - a frozen value
+    widths: Widths | None = None,
+    budget: Budget | None = None,
     recipe: Recipe = Recipe(),  # noqa: B008 - a frozen value
     seed: int = 0,
     observer: Observer = ignore,
+    bank: Bank | None = None,
 ) -> Result:
     """Quantize a trained model with a few hundred unlabeled samples.
 
@@ -41,16 +46,19 @@ def quantize(
         model: float32 model in evaluation mode; is not changed.
         data: calibration samples, a tensor (samples, ...) or an iterable of batches, each a tensor of any shape with samples along
             dimension 0, a tuple (positional arguments) or a mapping (keyword arguments).
-        widths: bits of every layer.
+        widths: bits of every layer; without widths and budget, 8 everywhere.
+        budget: what to make smallest and what to keep within, in place of widths.
         recipe: how to quantize.
         seed: of everything that is drawn at random; the same seed gives the same bits.
         observer: is told what happens.
+        bank: where solutions and sensitivities are kept, so that a stopped run goes on where it was and another budget starts from them;
+            None keeps them in memory for this run.
 
     Returns:
         The quantized model and its receipt.
 
     Raises:
-        OptionError: if widths or names cannot be served.
+        OptionError: if widths or names cannot be served; an `InfeasibleError` names the limit that cannot be met and the nearest value.
         ModelError: if the model cannot be quantized as it is; a `LayerError` names the layer at fault.
         DataError: if the calibration data cannot be used.
 
@@ -65,41 +73,42 @@ def quantize(
         {'0': (8, 8), '4': (4, 4)}
     """
     started = time.perf_counter()
+    asked, chosen = asked_for(widths, budget, recipe.choices)
     check_model(model)
     batches = as_batches(data)
-    found, output = survey(model, batches, widths.include, widths.exclude)
-    options = widths.of([layer.name for layer in found.layers])
+    found, output = survey(model, batches, chosen.include, chosen.exclude)
+    chosen.of([layer.name for layer in found.layers])
     check_output(output)
 
     original = copy_of(model)
     folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches)
-    clips = find_clips(original, found.layers, probes(batches))
-    models = prepare(original, found.layers, options, clips, symmetric=recipe.symmetric_weights)
-    held_out = held_out_samples([sample_count(batch) for batch in batches], recipe.sampling.held_out, seed)
-    calibration = CalibrationSet(batches, held_out, seed)
+    share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
+    calibration = CalibrationSet.drawn(batches, share, seed)
+    kept = Kept(Bank() if bank is None else bank, run_digest(original, calibration, recipe.method, LIBRARY_VERSION))
+    judge = Judge.of(original, calibration, recipe.loss)
+    clips = find_clips(original, found.layers, probes(batches)) if recipe.behind_clips else {}
+    assembler = Assembler(original, found.layers, clips, norm_outputs(model, folds), calibration, recipe, kept, judge, observer)
+    assembled, plan = carry_out(assembler, asked, folds, model)
 
-    judged = calibrate_(models, calibration, recipe.method, recipe.flavour, observer)
-    judge = Judge.of(models.original, calibration, recipe.loss)
-    measured = guard_whole_(models, judged, judge, observer)
-    refinements = refine_guarded_(models, recipe.refinements, calibration, judge, measured.loss, observer)
-
-    warnings = warnings_for(found, judged, measured)
+    judged, measured = assembled.judged, assembled.measured
+    warnings = warnings_for(found, judged, measured, plan)
     for text in warnings:
         observer(Warned(text))
     return Result(
-        model=models.quantized,
-        layers=tuple(layer_report(item, judged[item.layer.name], measured) for item in models.layers),
+        model=assembled.models.quantized,
+        layers=tuple(layer_report(item, judged[item.layer.name], measured) for item in assembled.models.layers),
         left_out=still_float(found, folds),
         folds=folds,
         measured=measured,
-        refinements=refinements,
+        refinements=assembled.refinements,
         warnings=warnings,
         float_bytes=state_bytes(model),
         structure=structure_of(model),
-        widths=widths,
+        widths=asked if isinstance(asked, Widths) else None,
+        plan=plan,
         recipe=recipe,
         seed=seed,
         seconds=time.perf_counter() - started,
-        original=models.original,
+        original=original,
         calibration=calibration,
     )

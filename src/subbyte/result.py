@@ -9,18 +9,20 @@ from functools import cached_property
 
 from torch import nn
 
+from subbyte.allocate.cost import LayerSize
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
-from subbyte.export.bits import packed_size
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
-from subbyte.export.packed import pack_model, to_bytes, write_file
+from subbyte.export.packed import pack_model, to_bytes
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
+from subbyte.plan import Plan
 from subbyte.recipes import Recipe
+from subbyte.run.files import write_file
 from subbyte.widths import Option, Widths
 
 
@@ -73,7 +75,8 @@ class Result:
         warnings: what the user should know.
         float_bytes: the float model's parameters and buffers.
         structure: fingerprint of the float model's structure.
-        widths: as asked for.
+        widths: as asked for; None where a budget chose them.
+        plan: how the budget was met; None where widths were given.
         recipe: as asked for.
         seed: of the run.
         seconds: the run took.
@@ -97,7 +100,8 @@ class Result:
     warnings: tuple[str, ...]
     float_bytes: int
     structure: str
-    widths: Widths
+    widths: Widths | None
+    plan: Plan | None
     recipe: Recipe
     seed: int
     seconds: float
@@ -201,9 +205,33 @@ def receipt(result: Result) -> str:
         verdict = "" if report.kept else ", not better, so not kept"
         lines.append(f"{report.name}: {report.start_loss:.4g} -> {report.loss:.4g}{verdict} ({report.seconds:.1f} s)")
         lines += [f"  {note}" for note in report.notes]
+    lines += [] if result.plan is None else plan_lines(result.plan)
     lines += [f"warning: {text}" for text in result.warnings]
     lines.append(f"{result.recipe.solver.name}, {result.recipe.flavour.value}, seed {result.seed}, {result.seconds:.1f} s")
     return "\n".join(lines)
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """How a budget was met, for the receipt.
+
+    Args:
+        plan: of the run.
+    """
+    chosen, table = plan.allocation, plan.sensitivity
+    proof = "proved optimal" if chosen.status == "optimal" else f"not proved optimal: at most {chosen.gap:.3g} from it ({chosen.status})"
+    options = sum(len(row) for row in plan.market.options.values())
+    lines = [
+        f"widths chosen for the least {chosen.minimized}: {chosen.average_bits:.2f} bits a weight on average, {proof}",
+        f"{table.loss_name} by {table.method} over {len(table.losses)} layers and {options} options: "
+        f"predicted {chosen.predicted:.4g}, measured on held-out samples {plan.measured_loss:.4g}",
+    ]
+    for number, one in enumerate(plan.rounds if plan.budget.degradations else (), 1):
+        values = ", ".join(f"{name} {value:.4g}" for name, value in one.measured.items())
+        verdict = "met" if one.met else "missed"
+        lines.append(
+            f"round {number}: {one.allocation.size_bytes:,} bytes, predicted {one.allocation.predicted:.4g}, measured {values}: {verdict}"
+        )
+    return lines
 
 
 def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> LayerReport:
@@ -217,14 +245,14 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> L
     layer, grid = item.layer, item.weight_grid
     whole_rejected = measured.rejected_loss is not None
     kept = judged.baseline if whole_rejected else judged.solution
-    channel_bytes = layer.outputs * (4 + 4 + (0 if grid.symmetric else 1))
+    activation_bits = None if item.activation_grid is None else item.activation_grid.bits
     return LayerReport(
         name=layer.name,
         kind=layer.kind,
         weight_bits=grid.bits,
-        activation_bits=None if item.activation_grid is None else item.activation_grid.bits,
+        activation_bits=activation_bits,
         float_bytes=4 * (layer.weight_count + (layer.outputs if layer.has_bias else 0)),
-        size_bytes=packed_size(layer.weight_count, grid.bits) + channel_bytes + (5 if item.activation_grid else 0),
+        size_bytes=LayerSize.of(layer, symmetric=grid.symmetric).bytes((grid.bits, activation_bits)),
         solver=kept.solver,
         error=judged.baseline_error if kept is judged.baseline else judged.error,
         baseline_error=judged.baseline_error,
@@ -257,15 +285,21 @@ def _note(layer: Layer) -> str:
     return "; ".join(notes)
 
 
-def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured) -> tuple[str, ...]:
+def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured, plan: Plan | None = None) -> tuple[str, ...]:
     """What the user should know before trusting the result.
 
     Args:
         found: the model's layers.
         judged: by layer name.
         measured: of the whole.
+        plan: how a budget was met; None where widths were given.
     """
-    warnings = []
+    warnings = [] if plan is None else list(plan.sensitivity.notes)
+    if plan is not None:
+        limits = plan.budget.degradations
+        warnings += [
+            f"{name} is {value:.4g}, above its limit of {limits[name]:.4g}: the best that was found" for name, value in plan.missed.items()
+        ]
     poor = [(name, j.unknowns, j.equations) for name, j in judged.items() if j.equations < j.unknowns]
     if poor:
         listed = ", ".join(f"{name} ({unknowns} unknowns, {equations} equations)" for name, unknowns, equations in poor)

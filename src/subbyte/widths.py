@@ -38,13 +38,13 @@ class Widths:
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _check((self.weight_bits, self.activation_bits), "")
+        check_option((self.weight_bits, self.activation_bits), "")
         for pattern, option in self.pinned.items():
             if not isinstance(option, int) and not (isinstance(option, tuple) and len(option) == 2):
                 raise OptionError(
                     f"widths for '{pattern}' are a number from 2 to 8 or (weight bits, activation bits or None), not {option!r}"
                 )
-            _check(_as_option(option), f" for '{pattern}'")
+            check_option(as_option(option), f" for '{pattern}'")
         for name in ("include", "exclude"):
             if isinstance(getattr(self, name), str):
                 raise OptionError(f"{name} is a list of globs, not the text '{getattr(self, name)}'")
@@ -63,18 +63,50 @@ class Widths:
         """
         options: dict[str, Option] = {name: (self.weight_bits, self.activation_bits) for name in names}
         for pattern, option in self.pinned.items():
-            matching = [name for name in names if fnmatchcase(name, pattern)]
-            if not matching:
-                raise OptionError(f"pinned layer '{pattern}' is not among the layers that are quantized: {', '.join(names)}")
-            options |= {name: _as_option(option) for name in matching}
+            options |= dict.fromkeys(matching(names, pattern, "pinned"), as_option(option))
         return options
 
 
-def _as_option(option: int | Option) -> Option:
+def matching(names: Sequence[str], pattern: str, role: str) -> list[str]:
+    """The layers that a name or glob means.
+
+    Args:
+        names: of all layers that are quantized.
+        pattern: name or glob.
+        role: what the layers are meant for, for the message.
+
+    Raises:
+        OptionError: if it means none.
+
+    Example:
+        >>> matching(["conv1", "conv2", "fc"], "conv*", "pinned")
+        ['conv1', 'conv2']
+    """
+    found = [name for name in names if fnmatchcase(name, pattern)]
+    if not found:
+        raise OptionError(f"{role} layer '{pattern}' is not among the layers that are quantized: {', '.join(names)}")
+    return found
+
+
+def as_option(option: int | Option) -> Option:
+    """One number for both as a pair.
+
+    Args:
+        option: bits, or `(weight bits, activation bits or None)`.
+    """
     return option if isinstance(option, tuple) else (option, option)
 
 
-def _check(option: Option, where: str) -> None:
+def check_option(option: Option, where: str) -> None:
+    """Refuse widths that no grid has.
+
+    Args:
+        option: `(weight bits, activation bits or None)`.
+        where: which layer it is for, for the message; begins with a space, or is empty.
+
+    Raises:
+        OptionError: if a width is no integer from 2 to 8.
+    """
     for what, bits in (("weight_bits", option[0]), ("activation_bits", option[1])):
         if bits is None and what == "activation_bits":
             continue

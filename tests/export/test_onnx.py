@@ -29,6 +29,7 @@ spec.loader.exec_module(random_graphs)
 
 pytestmark = pytest.mark.filterwarnings("ignore::subbyte.export.onnx.ExportWarning", "ignore::ResourceWarning")
 EIGHT = subbyte.Widths(8, 8)
+RUNTIME = subbyte.OnnxRuntimeCPU()
 
 
 class Residual(nn.Module):
@@ -58,7 +59,7 @@ def exported(model: nn.Module, data: Tensor, path: Path, **options: object) -> t
     return result, result.export_onnx(path, threads=1, **options)  # type: ignore[arg-type]
 
 
-def run(path: Path, *inputs: Tensor, target: subbyte.Target = subbyte.OnnxRuntimeCPU(), optimized: bool = True) -> list[np.ndarray]:
+def run(path: Path, *inputs: Tensor, target: subbyte.Target = RUNTIME, optimized: bool = True) -> list[np.ndarray]:
     opened = target.open(path.read_bytes(), optimized=optimized, threads=1)
     return list(opened([x.numpy() for x in inputs]))
 
@@ -154,9 +155,7 @@ def test_the_simulation_is_near_the_model_and_the_float_model(residual: tuple[su
     assert done.model_loss == pytest.approx(result.loss)
 
 
-def test_functions_change_nothing_but_the_files_layout(
-    residual: tuple[subbyte.Result, subbyte.Exported, Path], tmp_path: Path
-) -> None:
+def test_functions_change_nothing_but_the_files_layout(residual: tuple[subbyte.Result, subbyte.Exported, Path], tmp_path: Path) -> None:
     result, done, path = residual
     compact = result.export_onnx(tmp_path / "c.onnx", subbyte.OnnxRuntimeCPU(compact=True), threads=1)
     assert compact.verification.kernels == done.verification.kernels

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from subbyte.calibrate.joint import JointParameters, half_cosine
+from subbyte.calibrate.joint import JointParameters, adam, half_cosine
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.errors import OptionError
@@ -96,14 +96,7 @@ class AdaQuant(Solver):
         start = self.start.solve(problem, generator)
         spread = problem.fit.targets.std(dim=1, correction=0)
         state = JointParameters(start, problem.weight, spread, problem.weight_grid, problem.activation_grid, relative=self.relative)
-        optimizer = torch.optim.Adam(
-            [
-                {"params": [state.raw_weight], "lr": self.weight_rate},
-                {"params": [state.raw_bias], "lr": self.bias_rate},
-                {"params": [state.raw_weight_step], "lr": self.weight_step_rate},
-                {"params": state.raw_activation, "lr": self.activation_rate},
-            ]
-        )
+        optimizer = adam([state], self)
         shares = [half_cosine(k / self.iterations) if self.decay else 1.0 for k in range(self.iterations)]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: shares[min(k, self.iterations - 1)])
         every = math.ceil(self.iterations / self.checks) if self.checks else self.iterations + 1

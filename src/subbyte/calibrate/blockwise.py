@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
-from subbyte.calibrate.joint import JointParameters, half_cosine
+from subbyte.calibrate.joint import JointParameters, adam, half_cosine
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.calibrate.refinement import Refinement
@@ -270,7 +270,7 @@ class _Training:
         device = fit[0].targets[0].device
         generator = torch.Generator(device).manual_seed(generator.initial_seed())
         layers = self._trainable(fit[0], generator)
-        optimizer = self._optimizer(layers)
+        optimizer = adam([layer.parameters for layer in layers.values()], settings)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(k / settings.iterations))
         parameters = [tensor for layer in layers.values() for tensor in layer.parameters.tensors]
         scale = sum(float(target.var()) for target in fit[0].targets) or 1.0
@@ -304,17 +304,6 @@ class _Training:
         for layer in layers.values():
             layer.float_share = self.settings.float_share
         return error
-
-    def _optimizer(self, layers: Mapping[str, TrainableLayer]) -> torch.optim.Optimizer:
-        every = [layer.parameters for layer in layers.values()]
-        return torch.optim.Adam(
-            [
-                {"params": [each.raw_weight for each in every], "lr": self.settings.weight_rate},
-                {"params": [each.raw_bias for each in every], "lr": self.settings.bias_rate},
-                {"params": [each.raw_weight_step for each in every], "lr": self.settings.weight_step_rate},
-                {"params": [tensor for each in every for tensor in each.raw_activation], "lr": self.settings.activation_rate},
-            ]
-        )
 
     @torch.no_grad()
     def _trainable(self, part: _Part, generator: torch.Generator) -> dict[str, TrainableLayer]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.problem import LayerProblem
-from subbyte.calibrate.rows import RowSampling, draw_rows, gather_rows, generator_for, split_rows
+from subbyte.calibrate.rows import RowSampling, draw_rows, gather_rows, generator_for, held_out_samples, split_rows
 from subbyte.errors import LayerError
-from subbyte.model.batches import Batch, describe
+from subbyte.model.batches import Batch, describe, sample_count
 from subbyte.model.lockstep import Stop
 
 
@@ -29,6 +29,17 @@ class CalibrationSet:
     batches: tuple[Batch, ...]
     held_out: tuple[Tensor, ...]
     seed: int
+
+    @classmethod
+    def drawn(cls, batches: tuple[Batch, ...], share: float, seed: int) -> CalibrationSet:
+        """Batches of which a share of the samples is held out, drawn by the seed.
+
+        Args:
+            batches: see `model.batches.as_batches`.
+            share: of all samples to hold out.
+            seed: of the run.
+        """
+        return cls(batches, held_out_samples([sample_count(batch) for batch in batches], share, seed), seed)
 
 
 @dataclass(frozen=True, eq=False)

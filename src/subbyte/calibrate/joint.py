@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,12 +27,55 @@ def half_cosine(share: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+class Rates(Protocol):
+    """Adam's rates for the groups of parameters, in the parameters' own units."""
+
+    @property
+    def weight_rate(self) -> float:
+        """For weights."""
+
+    @property
+    def bias_rate(self) -> float:
+        """For biases."""
+
+    @property
+    def weight_step_rate(self) -> float:
+        """For weight steps."""
+
+    @property
+    def activation_rate(self) -> float:
+        """For input steps and zero-points."""
+
+
+def adam(parameters: Sequence[JointParameters], rates: Rates) -> torch.optim.Optimizer:
+    """Adam with the paper's four groups.
+
+    Args:
+        parameters: of all layers that move together.
+        rates: of the groups.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 3.1: the groups; Kingma, Ba 2014 (arXiv 1412.6980).
+    """
+    return torch.optim.Adam(
+        [
+            {"params": [each.raw_weight for each in parameters], "lr": rates.weight_rate},
+            {"params": [each.raw_bias for each in parameters], "lr": rates.bias_rate},
+            {"params": [each.raw_weight_step for each in parameters], "lr": rates.weight_step_rate},
+            {"params": [tensor for each in parameters for tensor in each.raw_activation], "lr": rates.activation_rate},
+        ]
+    )
+
+
 class JointParameters:
     """Weight, bias, weight steps, input step and zero-point; starts exactly at a solution's codes.
 
-    `raw_weight`: `W + V` in units of the first step; `raw_bias`: in units of the output's spread; `raw_weight_step`, `raw_activation[0]`:
-    the logarithm of the ratio to the first step; `raw_activation[1]`: the zero-point. With absolute rates all units are 1 and the steps
-    themselves are moved. Rounding is straight-through, steps have LSQ's gradient.
+    `raw_weight`: `W + V` in units of the present step; `raw_bias`: in units of the output's spread; `raw_weight_step`, `raw_activation[0]`:
+    the logarithm of the ratio to the first step; `raw_activation[1]`: the zero-point. Rounding is straight-through.
+
+    In units of the present step a weight keeps its code when the step moves, and the step's gradient is the objective's for fixed codes.
+    With absolute rates, as in the paper, all units are 1, the steps themselves are moved and have LSQ's gradient, and a step that moves
+    a little makes many codes jump.
 
     Args:
         start: where to start; tensors as its docstring says.
@@ -49,9 +94,8 @@ class JointParameters:
         on_grid = start.weight()
         inside_cell = on_grid + (weight - on_grid).clamp(-0.49 * step, 0.49 * step)
         spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
-        self._weight_unit = step if relative else torch.ones_like(step)
         self._bias_unit = spread if relative else torch.ones_like(spread)
-        self.raw_weight = (inside_cell / self._weight_unit).requires_grad_()
+        self.raw_weight = (inside_cell / step if relative else inside_cell).requires_grad_()
         self.raw_bias = (start.bias / self._bias_unit).requires_grad_()
         self.raw_weight_step = (torch.zeros_like(step) if relative else step.clone()).requires_grad_()
         self.raw_activation: list[Tensor] = []
@@ -67,8 +111,10 @@ class JointParameters:
 
     def weight(self) -> Tensor:
         """The quantized weight, float32 (G, O, n), with gradients."""
-        zero = self.start.zero_point[..., None].float()
-        return soft_quantize(self.raw_weight * self._weight_unit, self._weight_step(), zero, self.weight_grid)
+        zero, step = self.start.zero_point[..., None].float(), self._weight_step()
+        if not self._relative:
+            return soft_quantize(self.raw_weight, step, zero, self.weight_grid)
+        return soft_quantize(self.raw_weight, torch.ones_like(step), zero, self.weight_grid) * step
 
     def bias(self) -> Tensor:
         """The bias, float32 (G, O), with gradients."""
@@ -92,7 +138,8 @@ class JointParameters:
         """
         weight_step, activation_step, activation_zero = self._weight_step(), self._activation_step(), self._zero_point()
         zero = self.start.zero_point
-        codes = quantize(self.raw_weight * self._weight_unit, weight_step, zero[..., None], self.weight_grid)
+        unit = torch.ones_like(weight_step) if self._relative else weight_step
+        codes = quantize(self.raw_weight, unit, zero[..., None], self.weight_grid)
         activation = None
         if activation_step is not None and activation_zero is not None:
             activation = (activation_step.clone(), activation_zero.round().to(torch.int32))

@@ -21,6 +21,21 @@ class OutputLoss(ABC):
         True
     """
 
+    def probe(self, output: object, generator: torch.Generator) -> Tensor:
+        """A random scalar of the model's output whose squared change, under small changes of the output, is the numerator on average.
+
+        Args:
+            output: what the float model returned, tensors of any shape that want gradients.
+            generator: source of every random number, on the CPU.
+
+        Returns:
+            float32 ().
+
+        Raises:
+            OptionError: if the loss has none.
+        """
+        raise OptionError(f"{type(self).__name__} has no probe for the sensitivity method Fisher; use Measured() with it")
+
     @abstractmethod
     def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
         """Numerator and denominator of the mean; both add up over batches.
@@ -70,6 +85,25 @@ class KLDivergence(OutputLoss):
         divergence = (p.exp() * (p - q)).sum(dim=-1)
         return divergence.sum(), torch.tensor(float(divergence.numel()), dtype=torch.float64, device=p.device)
 
+    def probe(self, output: object, generator: torch.Generator) -> Tensor:
+        """`sum log p(label) / sqrt 2`, the labels drawn from the model's own probabilities.
+
+        Args:
+            output: logits, float32 (..., classes), or structures of such.
+            generator: draws the labels.
+
+        Source:
+            The Fisher information is the curvature of the divergence: `KL = dz^T (diag p - p p^T) dz / 2` to second order.
+        """
+        scalar = torch.zeros(())
+        for logits in floats(output):
+            log_p = (logits / self.temperature).log_softmax(dim=-1)
+            sums = log_p.detach().exp().cumsum(dim=-1)
+            drawn = torch.rand(sums.shape[:-1], generator=generator)[..., None].to(sums) * sums[..., -1:]
+            label = (sums < drawn).sum(dim=-1, keepdim=True).clamp(max=log_p.shape[-1] - 1)
+            scalar = scalar.to(log_p.device) + log_p.gather(-1, label).sum() / 2**0.5
+        return scalar
+
 
 @dataclass(frozen=True)
 class RelativeSquaredError(OutputLoss):
@@ -90,6 +124,65 @@ class RelativeSquaredError(OutputLoss):
         """
         return (reference.double() - output.double()).square().sum(), reference.double().square().sum()
 
+    def probe(self, output: object, generator: torch.Generator) -> Tensor:
+        """`sum r z` with random signs `r`.
+
+        Args:
+            output: float32, any shape, or structures of such.
+            generator: draws the signs.
+
+        Source:
+            Hutchinson 1989: `E[(r . dz)^2] = ||dz||^2`.
+        """
+        scalar = torch.zeros(())
+        for z in floats(output):
+            signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
+            scalar = scalar.to(z.device) + (signs * z).sum()
+        return scalar
+
+
+@dataclass(frozen=True)
+class Disagreement(OutputLoss):
+    """Share of the predictions whose largest entry along the last dimension is not the float model's.
+
+    Example:
+        >>> a, b = Disagreement().total(torch.tensor([[0.0, 1.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        >>> (a / b).item()
+        0.5
+    """
+
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputLoss`.
+
+        Args:
+            reference: logits, float32 (..., classes).
+            output: logits, the same shape.
+        """
+        differs = (reference.argmax(dim=-1) != output.argmax(dim=-1)) | output.isnan().any(dim=-1)
+        return differs.sum(dtype=torch.float64), torch.tensor(float(differs.numel()), dtype=torch.float64, device=differs.device)
+
+
+@dataclass(frozen=True)
+class CosineDistance(OutputLoss):
+    """`1 - cos(float, quantized)`, each sample's numbers as one vector, mean over samples; blind to the outputs' size.
+
+    Example:
+        >>> a, b = CosineDistance().total(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> (a / b).item()
+        0.5
+    """
+
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputLoss`.
+
+        Args:
+            reference: float32 (samples, ...).
+            output: float32, the same shape.
+        """
+        a, b = (tensor.double().reshape(tensor.shape[0] if tensor.dim() else 1, -1) for tensor in (reference, output))
+        distance = 1.0 - torch.cosine_similarity(a, b, dim=1)
+        return distance.sum(), torch.tensor(float(len(distance)), dtype=torch.float64, device=distance.device)
+
 
 def check_output(output: object) -> None:
     """Refuse a model whose outputs cannot be compared, before any work.
@@ -100,9 +193,9 @@ def check_output(output: object) -> None:
     Raises:
         ModelError: if there is no floating-point tensor in it, or one holds NaN or infinite numbers.
     """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in _floats(output)):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats(output)):
         raise ModelError(f"the float model returns NaN or infinite numbers, {describe(output)}; leave out the part that makes them")
-    if not _floats(output):
+    if not floats(output):
         raise ModelError(f"the model returns {describe(output)}, no floating-point tensor, so its outputs cannot be compared")
 
 
@@ -121,11 +214,30 @@ def measure(model: nn.Module, batches: Sequence[Batch], references: Sequence[obj
     above, below = torch.zeros(()), torch.zeros(())
     with torch.no_grad():
         for batch, reference in zip(batches, references, strict=True):
-            for expected, given in zip(_floats(reference), _floats(call(model, batch)), strict=True):
-                top, bottom = loss.total(expected, given)
-                above, below = above + top.cpu(), below + bottom.cpu()
+            top, bottom = compare(reference, call(model, batch), loss)
+            above, below = above + top.cpu(), below + bottom.cpu()
     return float(above / below.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def _floats(output: object) -> list[Tensor]:
+def compare(reference: object, output: object, loss: OutputLoss) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the loss of one output, over all its floating-point tensors; with gradients.
+
+    Args:
+        reference: what the float model returned, tensors of any shape.
+        output: what the quantized model returned for the same, likewise.
+        loss: the distance.
+
+    Returns:
+        Two float64 ().
+    """
+    totals = [loss.total(expected, given) for expected, given in zip(floats(reference), floats(output), strict=True)]
+    return torch.stack([top for top, _ in totals]).sum(), torch.stack([bottom for _, bottom in totals]).sum()
+
+
+def floats(output: object) -> list[Tensor]:
+    """The floating-point tensors of a model's output, of any shape, in a fixed order.
+
+    Args:
+        output: what the model returned.
+    """
     return [tensor for tensor in tensors(output) if tensor.is_floating_point()]

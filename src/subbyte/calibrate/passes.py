@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
 from subbyte.calibrate.gather import CalibrationSet, StopRows, problem_of, sample_at
 from subbyte.calibrate.guard import Judged, solve_guarded
+from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_
 from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.rows import RowSampling, generator_for
@@ -46,14 +47,16 @@ class Method:
         solver: gives each layer its codes.
         baseline: what it has to beat.
         sampling: how many rows it sees.
+        behind_clips: whether errors count as what clips a layer's output lets them through.
     """
 
     solver: Solver
     baseline: Solver
     sampling: RowSampling
+    behind_clips: bool = True
 
 
-def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Flavour, observer: Observer) -> dict[str, Judged]:
+def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Flavour, kept: Kept, observer: Observer) -> dict[str, Judged]:
     """Solve every layer and give the quantized model its codes.
 
     Args:
@@ -61,6 +64,7 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
         data: calibration set.
         method: how to solve.
         flavour: what a layer's input is.
+        kept: what is in it is not solved again; the rest is put into it, layer by layer.
         observer: is told of every layer.
 
     Returns:
@@ -71,50 +75,69 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
     """
     started = time.perf_counter()
     observer(StageStarted("calibrate", len(models.layers)))
+    solving = _Solving(data, method, kept, observer)
     repeated = tuple(item for item in models.layers if item.layer.calls > 1)
     if flavour is Flavour.PARALLEL:
-        found = _pass(models, models.layers, data, method, flavour, observer)
+        found = solving.run(models, models.layers, flavour, {})
     else:
-        found = _pass(models, repeated, data, method, Flavour.PARALLEL, observer) if repeated else {}
+        found = solving.run(models, repeated, Flavour.PARALLEL, {}) if repeated else {}
         assign_(models, {name: judged.solution for name, judged in found.items()})
         single = tuple(item for item in models.layers if item.layer.calls == 1)
-        found |= _pass(models, single, data, method, flavour, observer) if single else {}
+        found = solving.run(models, single, flavour, found) if single else found
     assign_(models, {name: judged.solution for name, judged in found.items()})
     observer(StageFinished("calibrate", time.perf_counter() - started))
     return {item.layer.name: found[item.layer.name] for item in models.layers}
 
 
-def _pass(
-    models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet, method: Method, flavour: Flavour, observer: Observer
-) -> dict[str, Judged]:
-    """Lockstep over all batches; layers are solved as soon as they are reached, those called several times when all forwards have ended."""
-    by_name = {item.layer.name: item for item in items}
-    forwards = [Forward(models.original, batch, {item.layer.name: item.original for item in items}) for batch in data.batches]
-    sequential = flavour is Flavour.SEQUENTIAL
-    if sequential:
-        forwards += [Forward(models.quantized, batch, {item.layer.name: item.quantized for item in items}) for batch in data.batches]
-    samples: dict[str, list[StopRows]] = defaultdict(list)
-    found: dict[str, Judged] = {}
+@dataclass(frozen=True, eq=False)
+class _Solving:
+    """How the layers of a pass are solved."""
 
-    def solve(name: str) -> None:
-        started = time.perf_counter()
-        problem = problem_of(by_name[name], samples.pop(name))
-        with naming_layer(name, f"weight {by_name[name].layer.weight_shape}"):
-            found[name] = solve_guarded(problem, method.solver, method.baseline, generator_for(data.seed, f"solve {name}"))
+    data: CalibrationSet
+    method: Method
+    kept: Kept
+    observer: Observer
+
+    def run(self, models: Models, items: Sequence[CalibratedLayer], flavour: Flavour, before: Mapping[str, Judged]) -> dict[str, Judged]:
+        """Lockstep over all batches; layers are solved as they are reached, those called several times when all forwards have ended.
+
+        Returns what was found before and what is new.
+        """
+        by_name, sequential = {item.layer.name: item for item in items}, flavour is Flavour.SEQUENTIAL
+        forwards = [Forward(models.original, batch, {item.layer.name: item.original for item in items}) for batch in self.data.batches]
         if sequential:
-            assign_(models, {name: found[name].solution})
-        observer(LayerSolved("calibrate", name, found[name].error, found[name].baseline_error, time.perf_counter() - started))
+            quantized = {item.layer.name: item.quantized for item in items}
+            forwards += [Forward(models.quantized, batch, quantized) for batch in self.data.batches]
+        samples: dict[str, list[StopRows]] = defaultdict(list)
+        found, repeated = dict(before), {item.layer.name for item in items if item.layer.calls > 1}
+        grids = {item.layer.name: (item.weight_grid, item.activation_grid) for item in models.layers}
+        with Lockstep(forwards, list(by_name)) as lockstep:
+            for stop in lockstep:
+                name, item = stop.layer, by_name[stop.layer]
+                if name in found and name in repeated:
+                    continue
+                if name in found:
+                    raise LayerError(name, "is called more often on a later batch than on the first; put such a batch first, or exclude")
+                prefix = tuple((name, grids[name]) for name in found) if sequential else ()
+                known = self.kept.recall(item, prefix) if name not in samples else None
+                if known is None:
+                    samples[name].append(sample_at(item, stop, self.data, self.method.sampling, sequential=sequential))
+                    known = None if name in repeated else self._solve(item, samples.pop(name), prefix)
+                if known is not None:
+                    found[name] = known
+                    if sequential:
+                        assign_(models, {name: known.solution})
+        found |= {name: self._solve(by_name[name], samples[name], ()) for name in list(samples)}
+        for name in by_name:
+            if name not in found:
+                raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
+        return found
 
-    with Lockstep(forwards, list(by_name)) as lockstep:
-        for stop in lockstep:
-            if stop.layer in found:
-                raise LayerError(stop.layer, "is called more often on a later batch than on the first; put such a batch first, or exclude")
-            samples[stop.layer].append(sample_at(by_name[stop.layer], stop, data, method.sampling, sequential=sequential))
-            if by_name[stop.layer].layer.calls == 1:
-                solve(stop.layer)
-    for name in list(samples):
-        solve(name)
-    for name in by_name:
-        if name not in found:
-            raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
-    return found
+    def _solve(self, item: CalibratedLayer, samples: Sequence[StopRows], prefix: object) -> Judged:
+        started, name = time.perf_counter(), item.layer.name
+        problem = problem_of(item, samples)
+        with naming_layer(name, f"weight {item.layer.weight_shape}"):
+            judged = solve_guarded(problem, self.method.solver, self.method.baseline, generator_for(self.data.seed, f"solve {name}"))
+        self.kept.keep(item, judged, prefix)
+        self.observer(LayerSolved("calibrate", name, judged.error, judged.baseline_error, time.perf_counter() - started))
+        return judged

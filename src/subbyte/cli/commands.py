@@ -1,4 +1,4 @@
-"""The three commands, each one or two public functions of the library."""
+"""The commands, each one or two public functions of the library."""
 
 # ruff: noqa: PLR0913 - a command's parameters are the user's options
 
@@ -10,10 +10,45 @@ from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 import subbyte
+from subbyte import Choices, RelativeSquaredError, RowSampling
+from subbyte.allocate.allocation import allocate
+from subbyte.allocate.frontier import frontier
+from subbyte.allocate.saved import load_market
+from subbyte.budget import Quantity
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.cli.budget_options import (
+    PACKED_NAME,
+    ActivationChoicesOption,
+    AverageBitsOption,
+    BestEffortOption,
+    BytesOption,
+    FrontierOption,
+    MaxErrorOption,
+    MaxKLOption,
+    MaxPredictedOption,
+    MinAgreementOption,
+    MinimizeOption,
+    RunArgument,
+    SizeOption,
+    WeightChoicesOption,
+    budget_from,
+    choices_from,
+    is_run_folder,
+)
 from subbyte.cli.evaluation import compared, logits_of
+from subbyte.cli.export_options import (
+    AllowFloatOption,
+    CompactOption,
+    ExportedPackedOption,
+    FasterOption,
+    OnnxOption,
+    TargetName,
+    TargetOption,
+    target_from,
+)
 from subbyte.cli.model_source import opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
@@ -24,6 +59,7 @@ from subbyte.cli.options import (
     ExcludeOption,
     FlavourOption,
     ForceOption,
+    ImageSizeOption,
     IncludeOption,
     InputShapeOption,
     JsonOption,
@@ -41,7 +77,6 @@ from subbyte.cli.options import (
     RoundingOption,
     SamplesOption,
     SeedOption,
-    SizeOption,
     StdOption,
     SymmetricOption,
     ThreadsOption,
@@ -49,16 +84,19 @@ from subbyte.cli.options import (
     WeightBitsOption,
     check_free,
     check_positive,
+    new_folder,
     preprocessing_from,
     recipe_from,
     set_threads_,
     shape_from,
     widths_from,
 )
-from subbyte.cli.show import as_json, evaluation_text, result_data, survey_data, survey_text
+from subbyte.cli.show import allocation_text, as_json, evaluation_text, exported_data, frontier_text, result_data, survey_data, survey_text
 from subbyte.errors import DataError, OptionError
+from subbyte.export.onnx import Demands, Exportable, export_onnx
+from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import state_bytes
-from subbyte.model.batches import DEFAULT_BATCH_SIZE
+from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
@@ -73,13 +111,23 @@ def quantize(
     model: ModelOption,
     data: DataOption,
     out: OutOption,
-    weight_bits: WeightBitsOption = 8,
-    activation_bits: ActivationBitsOption = "8",
+    weight_bits: WeightBitsOption = None,
+    activation_bits: ActivationBitsOption = None,
     keep_8bit: KeepOption = None,
     pin: PinOption = None,
+    size: SizeOption = None,
+    bytes_limit: BytesOption = None,
+    average_bits: AverageBitsOption = None,
+    max_kl: MaxKLOption = None,
+    min_agreement: MinAgreementOption = None,
+    max_error: MaxErrorOption = None,
+    minimize: MinimizeOption = None,
+    weight_choices: WeightChoicesOption = None,
+    activation_choices: ActivationChoicesOption = None,
+    best_effort: BestEffortOption = False,  # noqa: FBT002
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
-    size: SizeOption = None,
+    image_size: ImageSizeOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     channel_order: ChannelOrderOption = None,
@@ -101,21 +149,64 @@ def quantize(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. Progress goes to stderr, the receipt to stdout. The file is written at the very end, whole or not at all.
     """
-    widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude)
+    choices = choices_from(weight_choices, activation_choices, keep_8bit, pin, include, exclude)
+    limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
+    budget = budget_from(limits | {"relative_error": max_error}, minimize, choices, best_effort=best_effort)
+    if budget is not None and (weight_bits is not None or activation_bits is not None):
+        raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")
+    widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude) if budget is None else None
     recipe = recipe_from(flavour, symmetric=symmetric, rounding_only=rounding_only)
-    preprocessing = preprocessing_from(size, mean, std, channel_order, value_range)
+    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
-    check_free(out, force=force)
+    run = Path(out) if is_run_folder(out) else None
+    packed = Path(out) if run is None else new_folder(run) / PACKED_NAME
+    check_free(packed, force=force)
     with opened_model(model) as float_model, progress() as observer:
         batches = load_samples(data, preprocessing, limit=samples, key=key).split(batch_size)
-        result = subbyte.quantize(float_model, batches, widths=widths, recipe=recipe, seed=seed, observer=observer)
-        check_free(out, force=force)
-        size_bytes = result.save(out)
+        bank = subbyte.Bank(run)
+        result = subbyte.quantize(
+            float_model, batches, widths=widths, budget=budget, recipe=recipe, seed=seed, observer=observer, bank=bank
+        )
+        check_free(packed, force=force)
+        size_bytes = result.save(packed)
     if as_json_object:
-        typer.echo(as_json(result_data(result, out, size_bytes)))
+        typer.echo(as_json(result_data(result, packed, size_bytes)))
     else:
-        typer.echo(f"{result}\nwrote {out}, {size_bytes:,} bytes")
+        typer.echo(f"{result}\nwrote {packed}, {size_bytes:,} bytes")
+
+
+@app.command(short_help="Answer another budget from a run's measurements.")
+def solve(
+    run: RunArgument,
+    size: SizeOption = None,
+    bytes_limit: BytesOption = None,
+    average_bits: AverageBitsOption = None,
+    max_predicted: MaxPredictedOption = None,
+    minimize: MinimizeOption = None,
+    list_frontier: FrontierOption = False,  # noqa: FBT002
+    as_json_object: JsonOption = False,  # noqa: FBT002
+    debug: DebugOption = False,  # noqa: FBT002
+) -> None:
+    """Answer another budget from a run's measurements, in seconds: which widths, how many bytes, what degradation is predicted.
+
+    Nothing is measured: 'quantize' with the same --model, --data and --out RUN/ and the new budget makes the model, and reuses what the run
+    has solved and measured.
+    """
+    market = load_market(run)
+    if list_frontier:
+        points = frontier(market)
+        typer.echo(as_json({"frontier": [asdict(point) for point in points]}) if as_json_object else frontier_text(points))
+        return
+    limits: dict[str, float | None] = {"size": size, "bytes": bytes_limit, "average_bits": average_bits}
+    if max_predicted is not None and all(limit is None for limit in limits.values()):
+        limits["size"] = 1.0
+        minimize = minimize or Quantity.SIZE
+    budget = budget_from(limits, minimize, Choices(), best_effort=False)
+    if budget is None:
+        raise OptionError("give a budget, such as --size 0.1, or --frontier to list them all")
+    allocation = allocate(market, budget, max_predicted)
+    typer.echo(as_json(asdict(allocation)) if as_json_object else allocation_text(allocation, market))
 
 
 @app.command(short_help="List the layers, and what is left out and why.")
@@ -125,7 +216,7 @@ def inspect(
     input_shape: InputShapeOption = None,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
-    size: SizeOption = None,
+    image_size: ImageSizeOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     channel_order: ChannelOrderOption = None,
@@ -142,7 +233,7 @@ def inspect(
     """
     if (data is None) == (input_shape is None):
         raise OptionError("give either --data or --input-shape: the layers are found by running the model once")
-    preprocessing = preprocessing_from(size, mean, std, channel_order, value_range)
+    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     with opened_model(model) as float_model:
         check_model(float_model)
         if data is not None:
@@ -160,7 +251,7 @@ def evaluate(
     data: DataOption,
     labels: LabelsOption = None,
     packed: PackedOption = None,
-    size: SizeOption = None,
+    image_size: ImageSizeOption = None,
     mean: MeanOption = None,
     std: StdOption = None,
     channel_order: ChannelOrderOption = None,
@@ -183,16 +274,68 @@ def evaluate(
         raise OptionError("give --labels, --packed or both: otherwise there is nothing to measure")
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
-    preprocessing = preprocessing_from(size, mean, std, channel_order, value_range)
+    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     with opened_model(model) as float_model:
         check_model(float_model)
-        quantized = None if packed is None else subbyte.load(packed, into=float_model)
+        quantized = None if packed is None else _opened(packed, float_model)
         inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
         reference = logits_of(float_model, inputs, batch_size, output)
         logits = None if quantized is None else logits_of(quantized, inputs, batch_size, output)
     float_bytes = state_bytes(float_model)
     measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
+
+
+@app.command(short_help="Write a packed file as ONNX, and check it by running it.")
+def export(
+    model: ModelOption,
+    packed: ExportedPackedOption,
+    data: DataOption,
+    out: OnnxOption,
+    target: TargetOption = TargetName.ONNXRUNTIME,
+    compact: CompactOption = False,  # noqa: FBT002
+    require_faster: FasterOption = False,  # noqa: FBT002
+    allow_float: AllowFloatOption = False,  # noqa: FBT002
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    channel_order: ChannelOrderOption = None,
+    value_range: ValueRangeOption = None,
+    key: KeyOption = None,
+    samples: SamplesOption = None,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,  # noqa: FBT002
+    as_json_object: JsonOption = False,  # noqa: FBT002
+    debug: DebugOption = False,  # noqa: FBT002
+) -> None:
+    """Write a packed file as an ONNX file of standard operators, and check it by running it.
+
+    SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
+    then put into evaluation mode. --data: what it was quantized with; sums and concatenations between layers get 8-bit grids from it, and
+    an eighth of it is held out to compare the file with its simulation. The file is written whole or not at all.
+    """
+    chosen, demands = target_from(target, compact=compact), Demands(faster=require_faster, int8=not allow_float, threads=threads)
+    check_positive("--batch-size", batch_size)
+    set_threads_(threads)
+    check_free(out, force=force)
+    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
+    with opened_model(model) as float_model:
+        check_model(float_model)
+        quantized = subbyte.load(packed, into=float_model)
+        batches = as_batches(load_samples(data, preprocessing, limit=samples, key=key).split(batch_size))
+        calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
+        exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
+        done = export_onnx(exportable, out, chosen, demands)
+    typer.echo(as_json(exported_data(done)) if as_json_object else f"{done}\nwrote {out}")
+
+
+def _opened(file: Path, float_model: nn.Module) -> nn.Module:
+    """The model of a packed file, or of an ONNX file."""
+    if file.suffix != ".onnx":
+        return subbyte.load(file, into=float_model)
+    return OnnxModel(file)
 
 
 def _labelled(

@@ -27,7 +27,9 @@ KeyOption = Annotated[str | None, typer.Option("--key", metavar="NAME", help="Ar
 SamplesOption = Annotated[int | None, typer.Option("--samples", metavar="N", help="Use so many samples, evenly spaced; otherwise all.")]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples in one forward.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", metavar="N", help="Processor threads; otherwise what torch takes.")]
-SizeOption = Annotated[str | None, typer.Option("--size", metavar="N|HxW", help="Images: scale to cover this size, cut to the middle.")]
+ImageSizeOption = Annotated[
+    str | None, typer.Option("--image-size", metavar="N|HxW", help="Images: scale to cover this size, cut to the middle.")
+]
 MeanOption = Annotated[str | None, typer.Option("--mean", metavar="A,B,C", help="Images: subtracted, one number a channel. Default 0.")]
 StdOption = Annotated[str | None, typer.Option("--std", metavar="A,B,C", help="Images: divided by, one number a channel. Default 1.")]
 ChannelOrderOption = Annotated[
@@ -41,9 +43,10 @@ ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", metavar="G
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, also for errors.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-WeightBitsOption = Annotated[int, typer.Option("--weight-bits", metavar="2..8", help="Bits of the weights.")]
+WeightBitsOption = Annotated[int | None, typer.Option("--weight-bits", metavar="2..8", help="Bits of the weights. Default 8.")]
 ActivationBitsOption = Annotated[
-    str, typer.Option("--activation-bits", metavar="2..8|none", help="Bits of the layers' inputs; 'none' leaves them in float32.")
+    str | None,
+    typer.Option("--activation-bits", metavar="2..8|none", help="Bits of the layers' inputs; 'none' leaves them in float32. Default 8."),
 ]
 KeepOption = Annotated[list[str] | None, typer.Option("--keep-8bit", metavar="NAME", help="Give this layer 8 bits; repeatable, globs too.")]
 PinOption = Annotated[
@@ -59,7 +62,10 @@ FlavourOption = Annotated[
 ]
 RoundingOption = Annotated[bool, typer.Option("--rounding-only", help="Only round to the nearest code: the baseline.")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything random; the same seed gives the same bits.")]
-OutOption = Annotated[Path, typer.Option("--out", metavar="FILE", help="The packed file, usually NAME.subbyte.safetensors.")]
+OutOption = Annotated[
+    str,
+    typer.Option("--out", metavar="FILE|RUN/", help="The packed file, usually NAME.subbyte.safetensors; or a run folder, 'run/'."),
+]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace the packed file if it exists.")]
 
 LabelsOption = Annotated[
@@ -70,7 +76,9 @@ LabelsKeyOption = Annotated[
     str | None,
     typer.Option("--labels-key", metavar="NAME", help="Array or column of the labels; otherwise the only array or 'y', 'label'."),
 ]
-PackedOption = Annotated[Path | None, typer.Option("--packed", metavar="FILE", help="Compare with this packed file of the model.")]
+PackedOption = Annotated[
+    Path | None, typer.Option("--packed", metavar="FILE", help="Compare with this packed file of the model, or with this .onnx file.")
+]
 OutputOption = Annotated[
     str | None, typer.Option("--output", metavar="NAME", help="Entry of the model's output that holds the logits, if it returns several.")
 ]
@@ -80,8 +88,8 @@ InputShapeOption = Annotated[
 
 
 def widths_from(
-    weight_bits: int,
-    activation_bits: str,
+    weight_bits: int | None,
+    activation_bits: str | None,
     keep: Sequence[str] | None,
     pins: Sequence[str] | None,
     include: Sequence[str] | None = None,
@@ -90,8 +98,8 @@ def widths_from(
     """Widths of what the options say; `--pin` wins over `--keep-8bit`.
 
     Args:
-        weight_bits: as given.
-        activation_bits: a number or ``none``.
+        weight_bits: as given; None: 8.
+        activation_bits: a number or ``none``; None: 8.
         keep: names or globs of layers at 8 bits.
         pins: ``NAME=W`` or ``NAME=W,A``.
         include: globs of the only layers to quantize; None or none means all.
@@ -104,20 +112,39 @@ def widths_from(
         >>> widths_from(4, "none", ["conv1"], ["fc=8,6", "up=3"]).pinned
         {'conv1': (8, None), 'fc': (8, 6), 'up': (3, None)}
     """
-    activation = _bits_or_none("--activation-bits", activation_bits)
-    pinned: dict[str, int | Option] = {name: (8, None if activation is None else 8) for name in keep or ()}
+    activation = bits_or_none("--activation-bits", "8" if activation_bits is None else activation_bits)
+    pinned = pins_from(keep, pins, float_inputs=activation is None)
+    return Widths(8 if weight_bits is None else weight_bits, activation, pinned, include=include or ("*",), exclude=exclude or ())
+
+
+def pins_from(keep: Sequence[str] | None, pins: Sequence[str] | None, *, float_inputs: bool) -> dict[str, int | Option]:
+    """Pinned widths by name or glob.
+
+    Args:
+        keep: names or globs of layers at 8 bits.
+        pins: ``NAME=W`` or ``NAME=W,A``.
+        float_inputs: whether inputs stay in float32 where a pin does not say otherwise.
+
+    Raises:
+        OptionError: if a text cannot be read.
+
+    Example:
+        >>> pins_from(["conv1"], ["fc=4,8"], float_inputs=False)
+        {'conv1': (8, 8), 'fc': (4, 8)}
+    """
+    pinned: dict[str, int | Option] = {name: (8, None if float_inputs else 8) for name in keep or ()}
     for pin in pins or ():
         name, _, text = pin.rpartition("=")
         weight, _, inputs = text.partition(",")
         if not name or not weight:
             raise OptionError(f"--pin '{pin}' is not NAME=W or NAME=W,A, such as fc=8 or fc=8,none")
-        bits = _bits_or_none(f"--pin '{pin}'", weight)
+        bits = bits_or_none(f"--pin '{pin}'", weight)
         if bits is None:
             raise OptionError(f"--pin '{pin}': weights have 2 to 8 bits; --exclude leaves a layer in float32")
-        same = None if activation is None else bits
+        same = None if float_inputs else bits
         pinned.pop(name, None)  # so that the last one wins over globs before it, too
-        pinned[name] = (bits, _bits_or_none(f"--pin '{pin}'", inputs) if inputs else same)
-    return Widths(weight_bits, activation, pinned, include=include or ("*",), exclude=exclude or ())
+        pinned[name] = (bits, bits_or_none(f"--pin '{pin}'", inputs) if inputs else same)
+    return pinned
 
 
 def recipe_from(flavour: Flavour | None, *, symmetric: bool, rounding_only: bool) -> Recipe:
@@ -216,6 +243,27 @@ def check_free(path: Path, *, force: bool) -> None:
         raise FileError(f"cannot write '{path}': {error.strerror or error}; choose a path in a folder that can be written") from error
 
 
+def new_folder(folder: Path) -> Path:
+    """A run folder, made if it is not there.
+
+    Args:
+        folder: of the run; the folder around it exists.
+
+    Raises:
+        FileError: if it cannot be made.
+
+    Example:
+        >>> new_folder(Path("missing/run"))
+        Traceback (most recent call last):
+        subbyte.errors.FileError: cannot make the folder 'missing/run': No such file or directory
+    """
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise FileError(f"cannot make the folder '{folder}': {error.strerror or error}") from error
+    return folder
+
+
 def check_positive(option: str, number: int | None) -> None:
     """Refuse a count below 1.
 
@@ -249,7 +297,20 @@ def set_threads_(threads: int | None) -> None:
         torch.set_num_threads(threads)
 
 
-def _bits_or_none(option: str, text: str) -> int | None:
+def bits_or_none(option: str, text: str) -> int | None:
+    """Bits, or None for ``none``.
+
+    Args:
+        option: its name, for the message.
+        text: as given.
+
+    Raises:
+        OptionError: if it is neither.
+
+    Example:
+        >>> bits_or_none("--activation-bits", "none"), bits_or_none("--activation-bits", "4")
+        (None, 4)
+    """
     if text.strip().lower() == "none":
         return None
     try:
@@ -270,5 +331,5 @@ def _floats(option: str, text: str | None) -> tuple[float, ...]:
 def _size(text: str) -> int | tuple[int, int]:
     sides = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
     if sides is None:
-        raise OptionError(f"--size is pixels, N or HxW such as 224 or 192x256, not '{text}'")
+        raise OptionError(f"--image-size is pixels, N or HxW such as 224 or 192x256, not '{text}'")
     return int(sides[1]) if sides[2] is None else (int(sides[1]), int(sides[2]))

@@ -9,13 +9,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from subbyte import Result
+from subbyte import Exported, Result
+from subbyte.allocate.allocation import Allocation, Market
+from subbyte.allocate.sensitivity import option_text
 from subbyte.cli.evaluation import Evaluation
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, Survey
+from subbyte.plan import Plan
 from subbyte.result import still_float
 
-__all__ = ["as_json", "evaluation_text", "result_data", "survey_data", "survey_text"]
+__all__ = [
+    "allocation_text",
+    "as_json",
+    "evaluation_text",
+    "exported_data",
+    "frontier_text",
+    "plan_data",
+    "result_data",
+    "survey_data",
+    "survey_text",
+]
 
 
 def as_json(data: Mapping[str, Any]) -> str:
@@ -51,7 +64,8 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
         "refinements": [asdict(report) | {"kept": report.kept} for report in result.refinements],
         "loss": result.loss,
         "warnings": list(result.warnings),
-        "widths": asdict(result.widths),
+        "widths": None if result.widths is None else asdict(result.widths),
+        "plan": None if result.plan is None else plan_data(result.plan),
         "recipe": {
             "solver": recipe.solver.name,
             "flavour": recipe.flavour.value,
@@ -61,6 +75,82 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
         },
         "seed": result.seed,
         "seconds": result.seconds,
+    }
+
+
+def plan_data(plan: Plan) -> dict[str, Any]:
+    """How a budget was met, as data.
+
+    Args:
+        plan: of the run.
+    """
+    return {
+        "allocation": asdict(plan.allocation),
+        "limits": plan.budget.cost_limits(plan.market.costs.float_bytes) | plan.budget.degradations,
+        "missed": dict(plan.missed),
+        "measured_loss": plan.measured_loss,
+        "rounds": [asdict(one) | {"met": one.met} for one in plan.rounds],
+        "sensitivity": {
+            "loss": plan.sensitivity.loss_name,
+            "method": plan.sensitivity.method,
+            "losses": {name: {option_text(option): loss for option, loss in row.items()} for name, row in plan.sensitivity.losses.items()},
+        },
+    }
+
+
+def allocation_text(allocation: Allocation, market: Market) -> str:
+    """An allocation in columns, and what it costs.
+
+    Args:
+        allocation: what a budget chose.
+        market: what it chose from.
+    """
+    rows = [("layer", "W", "A", "bytes", "sensitivity")]
+    for name, (weight_bits, activation_bits) in allocation.options.items():
+        option = (weight_bits, activation_bits)
+        inputs = "-" if activation_bits is None else str(activation_bits)
+        figures = f"{market.costs.layers[name].bytes(option):,}", f"{market.sensitivity.losses[name][option]:.2g}"
+        rows.append((name, str(weight_bits), inputs, *figures))
+    size, table = allocation.size_bytes, market.sensitivity
+    proof = "proved optimal" if allocation.status == "optimal" else f"at most {allocation.gap:.3g} from the optimum ({allocation.status})"
+    return "\n".join(
+        [
+            *_columns(rows, right=(1, 2, 3, 4)),
+            f"packed file: {size:,} bytes, {market.costs.float_bytes / size:.2f} times smaller; {allocation.average_bits:.2f} bits",
+            f"predicted {table.loss_name}, not measured: {allocation.predicted:.4g}; {proof} in {allocation.seconds:.2f} s",
+        ]
+    )
+
+
+def frontier_text(points: Sequence[Allocation]) -> str:
+    """The best allocation for every size, in columns.
+
+    Args:
+        points: by increasing size.
+    """
+    rows = [("bytes", "bits a weight", "predicted", "widths in running order")]
+    for point in points:
+        widths = " ".join(f"{w}" if w == a else f"{w}/{'-' if a is None else a}" for w, a in point.options.values())
+        rows.append((f"{point.size_bytes:,}", f"{point.average_bits:.2f}", f"{point.predicted:.4g}", widths))
+    return "\n".join(_columns(rows, right=(0, 1, 2)))
+
+
+def exported_data(exported: Exported) -> dict[str, Any]:
+    """What was found about an exported file, as data.
+
+    Args:
+        exported: the file.
+    """
+    verification = exported.verification
+    return asdict(verification) | {
+        "out": str(exported.path),
+        "speed": verification.speed,
+        "float_layers": list(verification.float_layers),
+        "quantizers": exported.quantizers,
+        "loss_name": exported.loss_name,
+        "loss": exported.loss,
+        "model_loss": exported.model_loss,
+        "warnings": list(exported.warnings),
     }
 
 

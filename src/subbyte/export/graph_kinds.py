@@ -2,7 +2,7 @@
 
 * a **clip** (ReLU, ReLU6, clamp) commutes with a quantiser, whose codes are clipped instead;
 * a **copy** (max-pooling, reshaping, slicing, padding with zeros) gives numbers that were there before, so they stay on their grid;
-* a **join** (sum, concatenation, average) makes new numbers, which a runtime computes in int8 if all its inputs and its output are quantised.
+* a **join** (sum, concatenation, average) makes new numbers; a runtime computes it in int8 if its inputs and its output are quantised.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from subbyte.export.markers import TensorGrid
 
 aten = torch.ops.aten
 QUANTIZE, WEIGHT, BIAS = torch.ops.subbyte.quantize.default, torch.ops.subbyte.weight.default, torch.ops.subbyte.bias.default
-CONVOLUTIONS = {aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.conv3d.padding}
+CONVOLUTIONS = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv3d.default,
+    aten.conv3d.padding,
+}
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
 COPIES = PADS | {
     aten.max_pool1d.default,
@@ -101,16 +108,17 @@ def clip_of(node: Node) -> tuple[float, float] | None:
     args: list[Any] = [*node.args[1:], None, None]
     if any(isinstance(arg, Node) for arg in args) or node.kwargs:
         return None
-    low, high = {
+    intervals: dict[Any, tuple[Any, Any]] = {
         aten.relu.default: (0.0, None),
         aten.relu6.default: (0.0, 6.0),
         aten.hardtanh.default: (-1.0 if args[0] is None else args[0], 1.0 if args[1] is None else args[1]),
         aten.clamp.default: (args[0], args[1]),
         aten.clamp_min.default: (args[0], None),
         aten.clamp_max.default: (None, args[0]),
-    }.get(node.target, (math.nan, math.nan))  # type: ignore[arg-type]
-    if low is not None and math.isnan(low):
+    }
+    if node.target not in intervals:
         return None
+    low, high = intervals[node.target]
     return -math.inf if low is None else float(low), math.inf if high is None else float(high)
 
 
@@ -161,8 +169,9 @@ def is_no_op(node: Node) -> bool:
         return not node.args[2]
     if node.target is not aten.slice.Tensor:
         return False
-    start, end, step = [*node.args[2:], *(None, None, 1)[len(node.args) - 2 :]]
-    return not start and (end is None or isinstance(end, int) and end >= EVERYTHING) and step == 1
+    given: tuple[Any, ...] = node.args[2:]
+    start, end, step = (*given, *(None, None, 1)[len(given) :])
+    return bool(not start and (end is None or (isinstance(end, int) and end >= EVERYTHING)) and step == 1)
 
 
 def readers(node: Node) -> Iterator[Node]:

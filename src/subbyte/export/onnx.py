@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import nn
@@ -25,9 +26,9 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.loss import OutputLoss
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
-from subbyte.export.packed import write_file
 from subbyte.export.targets import Simulation, Target
 from subbyte.export.verify import Verification, verify
+from subbyte.run.files import write_file
 
 
 class ExportWarning(UserWarning):
@@ -162,7 +163,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told)
 
 
-def _translation():  # type: ignore[no-untyped-def]
+def _translation() -> ModuleType:
     """The modules that need the packages for ONNX, which `import subbyte` does not."""
     try:
         from subbyte.export import translation
@@ -179,8 +180,8 @@ def _check_layers(kernels: dict[str, str | None], layers: Sequence[str], target:
         if demands.int8 and target.int8_between and kernels[layer] is None:
             raise LayerError(
                 layer,
-                f"does not run in int8 in {target.name}: its input is not quantised, or the runtime has no int8 kernel for it; quantize its "
-                "input, exclude the layer, or allow floating point (int8=False), which lists it",
+                f"does not run in int8 in {target.name}: its input is not quantised, or the runtime has no int8 kernel for it; quantize "
+                "its input, exclude the layer, or allow floating point, which lists it",
             )
 
 

@@ -40,7 +40,7 @@ def to_file_bytes(model: ir.Model, *, compact: bool) -> tuple[bytes, dict[str, s
 def _strip_(proto: onnx.ModelProto) -> None:
     """Drop descriptions, and attributes that say what holds without them."""
     for name in ("producer_name", "producer_version", "doc_string", "metadata_props", "domain", "model_version"):
-        proto.ClearField(name)  # type: ignore[arg-type]
+        proto.ClearField(name)
     del proto.functions[:]
     imports = [(entry.domain, entry.version) for entry in proto.opset_import if not entry.domain]
     del proto.opset_import[:]
@@ -49,7 +49,7 @@ def _strip_(proto: onnx.ModelProto) -> None:
     graph = proto.graph
     graph.name = "g"
     for name in ("value_info", "doc_string", "metadata_props", "quantization_annotation"):
-        graph.ClearField(name)  # type: ignore[arg-type]
+        graph.ClearField(name)
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     for tensor in graph.initializer:
         tensor.ClearField("doc_string")
@@ -59,7 +59,7 @@ def _strip_(proto: onnx.ModelProto) -> None:
         value.ClearField("metadata_props")
     for node in graph.node:
         for name in ("name", "doc_string", "metadata_props"):
-            node.ClearField(name)  # type: ignore[arg-type]
+            node.ClearField(name)
         kept = [attribute for attribute in node.attribute if not _is_default(node, attribute, ranks)]
         del node.attribute[:]
         node.attribute.extend(kept)

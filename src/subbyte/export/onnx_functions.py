@@ -1,8 +1,8 @@
 """Repeated groups of operators as functions of the file, so that a layer costs one short node instead of six.
 
-    Q(x, s, z)                  QuantizeLinear, DequantizeLinear
-    L1(x, W, s_w, b, s_x), L2   DequantizeLinear(W), DequantizeLinear(b, s_x s_w), Conv; one function for each set of the operator's attributes
-    U(codes, shape)             Reshape, Cast
+    D(x, s, z)                  QuantizeLinear, DequantizeLinear
+    C1(x, W, s_w, b, s_x), C2   DequantizeLinear(W), DequantizeLinear(b, s_x s_w), Conv; one function for each set of attributes
+    C3(codes, shape)            Reshape, Cast
 
 Functions are part of the ONNX standard, and ONNX Runtime puts the body in place of the node before it optimises. OpenVINO 2026.4 does not
 read them, so they are left out unless a target asks for them (`OnnxRuntimeCPU(compact=True)`).

@@ -1,8 +1,8 @@
 """From a placed graph to an ONNX graph of standard operators: torch.onnx translates the model's own, the markers are translated here.
 
-    quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
-    weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel
-    bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, so that it takes no room in the file
+quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
+weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel
+bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, so that it takes no room in the file
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -153,37 +152,6 @@ def to_bytes(packed: PackedModel) -> bytes:
     length = len(header) + sum(SIZE_DIGITS - len(str(number)) for number in varying)
     length += -length % 8
     return length.to_bytes(8, "little") + header.ljust(length) + content[end:]
-
-
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, then renamed.
-
-    Args:
-        path: of the file; one that exists is replaced.
-        content: of the file.
-
-    Raises:
-        FileError: if the folder does not exist or cannot be written.
-    """
-    path = Path(path)
-    temporary = ""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(f"'{path}' is a folder")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = ""
-    except OSError as error:
-        reason = error.strerror or error
-        raise FileError(f"cannot write '{path}': {reason}; choose a path in a folder that exists and can be written") from error
-    finally:
-        if temporary:
-            os.unlink(temporary)
 
 
 def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
@@ -358,9 +326,3 @@ def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -66,7 +66,7 @@ def exported_program(model: nn.Module, batch: Batch) -> torch.export.ExportedPro
             shapes[x] = {0: torch.export.Dim.DYNAMIC}
     try:
         with quiet(), torch.no_grad():
-            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
+            return torch.export.export(model, args, kwargs, dynamic_shapes=shapes.dynamic_shapes(model, args, kwargs))
     except Exception as error:  # noqa: BLE001 - adds what was being done to the user's model
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(

@@ -43,7 +43,7 @@ def to_file(
     for node in file.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
-    sites = {}
+    sites: dict[str, WeightSite] = {}
     for old, layer in translated.weights.items():
         codes = renamed[old]
         first = readers.get(codes, ())  # DequantizeLinear, behind which the layer's own operator reads; or the function that holds both

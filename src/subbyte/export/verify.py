@@ -180,4 +180,3 @@ def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float
             run(inputs)
             seconds.append(time.perf_counter() - started)
     return [1000.0 * statistics.median(seconds) for seconds in times]
-

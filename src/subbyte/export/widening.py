@@ -78,12 +78,14 @@ def _from_planes(builder: Builder, group: Mapping[str, Stored]) -> dict[str, ir.
     grid = next(iter(group.values())).grid
     counts = [item.codes.size for item in group.values()]
     padding = -sum(counts) % 8
-    stream = np.concatenate([(item.codes - grid.lowest).astype(np.uint8).ravel() for item in group.values()] + [np.zeros(padding, np.uint8)])
+    stream = np.concatenate(
+        [(item.codes - grid.lowest).astype(np.uint8).ravel() for item in group.values()] + [np.zeros(padding, np.uint8)]
+    )
     total: ir.Value | None = None
     start = 0
     for bits in PLANES:
         if grid.bits & bits:
-            plane = _plane(builder, (stream >> start) & ((1 << bits) - 1), bits)
+            plane = _plane(builder, ((stream >> start) & ((1 << bits) - 1)).astype(np.uint8), bits)
             shifted = builder.add("Mul", plane, builder.constant(np.int32(1 << start))) if start else plane
             total = shifted if total is None else builder.add("Add", total, shifted)
             start += bits

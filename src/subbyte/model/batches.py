@@ -49,7 +49,12 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
         for tensor in tensors(batch):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DataError(f"calibration batch {index} holds NaN or infinite numbers; remove those samples or mend the preprocessing")
-    return tuple(map_tensors(batch, torch.Tensor.detach) for batch in batches)
+    return tuple(map_tensors(batch, _plain) for batch in batches)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without a past: one made in inference mode could never be part of a backward pass."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
@@ -107,10 +112,34 @@ def select_samples(batch: Batch, chosen: Tensor) -> Batch:
 
     Args:
         batch: a batch, see `as_batches`.
-        chosen: bool (samples,), True for the samples to keep.
+        chosen: bool (samples,), True for the samples to keep; or int64 (k,), their indices.
     """
     count = sample_count(batch)
     return map_tensors(batch, lambda tensor: tensor[chosen.to(tensor.device)] if tensor.dim() and tensor.shape[0] == count else tensor)
+
+
+def joined(batches: Sequence[Batch]) -> tuple[Batch, ...]:
+    """One batch of all samples, where all batches are of one structure and shape; otherwise the batches as they are.
+
+    Args:
+        batches: see `as_batches`.
+
+    Example:
+        >>> [batch.shape for batch in joined([torch.zeros(2, 3), torch.zeros(4, 3)])]
+        [torch.Size([6, 3])]
+        >>> len(joined([torch.zeros(2, 3), torch.zeros(2, 5)]))
+        2
+    """
+    batches = tuple(batches)
+    described = [describe(map_tensors(batch, lambda tensor: tensor[:0] if tensor.dim() else tensor)) for batch in batches]
+    columns = [list(tensors(batch)) for batch in batches]
+    whole = all(tensor.dim() and tensor.shape[0] == sample_count(batch) for batch in batches for tensor in tensors(batch))
+    none = torch.empty(0)
+    others = [map_tensors(batch, lambda tensor: none) for batch in batches]  # what is no tensor: flags, names
+    if len(batches) < 2 or not whole or len(set(described)) > 1 or any(str(other) != str(others[0]) for other in others):
+        return batches
+    together = iter([torch.cat(same) for same in zip(*columns, strict=True)])
+    return (map_tensors(batches[0], lambda tensor: next(together)),)
 
 
 def probes(batches: Sequence[Batch]) -> list[Batch]:

@@ -8,6 +8,8 @@ Rounding is to the nearest integer, ties to even, as in ONNX QuantizeLinear.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -104,17 +106,41 @@ def soft_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
         >>> round(step.grad.item(), 6)
         -0.4
     """
-    zero = straight_through_round(zero_point)
-    return ((straight_through_round(x / scale) + zero).clamp(grid.lowest, grid.highest) - zero) * scale
+    return cast(Tensor, _SoftQuantize.apply(x, scale, zero_point, grid))  # type: ignore[no-untyped-call]
 
 
-def straight_through_round(x: Tensor) -> Tensor:
-    """`round(x)` whose gradient is that of `x`.
+class _SoftQuantize(torch.autograd.Function):
+    """The equation and gradients of `soft_quantize` in about half the time that autograd takes for them operation by operation.
 
-    Args:
-        x: float, any shape.
+    With `m` 1 inside the range and 0 outside, and `g` the gradient for `x^`:
+
+        dx = m g        ds = sum (g x^ - dx x) / s        dz = -s sum (g - dx)
     """
-    return x + (x.round() - x).detach()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+        zero = zero_point.round()
+        rounded = (x / scale).round_().add_(zero)
+        codes = rounded.clamp(grid.lowest, grid.highest)
+        inside = codes == rounded
+        quantized = codes.sub_(zero).mul_(scale)
+        ctx.save_for_backward(x, scale, zero_point, quantized, inside)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        x, scale, zero_point, quantized, inside = ctx.saved_tensors
+        for_x = gradient * inside
+        for_scale = for_zero = None
+        if ctx.needs_input_grad[1]:
+            for_scale = (_product_sum(gradient, quantized, scale.shape) - _product_sum(for_x, x, scale.shape)) / scale
+        if ctx.needs_input_grad[2]:
+            for_zero = (scale * (for_x - gradient)).sum_to_size(zero_point.shape)
+        return for_x if ctx.needs_input_grad[0] else None, for_scale, for_zero, None
+
+
+def _product_sum(a: Tensor, b: Tensor, shape: torch.Size) -> Tensor:
+    return torch.dot(a.flatten(), b.flatten()) if len(shape) == 0 else (a * b).sum_to_size(shape)
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -39,6 +39,17 @@ class LayerSolved:
 
 
 @dataclass(frozen=True)
+class StepDone:
+    """A stage has done one of its steps.
+
+    Args:
+        stage: the stage's name.
+    """
+
+    stage: str
+
+
+@dataclass(frozen=True)
 class StageFinished:
     """A stage of the pipeline has ended.
 
@@ -62,7 +73,7 @@ class Warned:
     message: str
 
 
-Event = StageStarted | LayerSolved | StageFinished | Warned
+Event = StageStarted | LayerSolved | StepDone | StageFinished | Warned
 Observer = Callable[[Event], None]
 
 

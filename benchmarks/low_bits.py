@@ -1,0 +1,111 @@
+"""What refinements add to layers alone, at low widths: top-1 of the real networks, first and last layer at 8 bits.
+
+python benchmarks/low_bits.py --out docs/results/low_bits.json           # all rows: about an hour on two cores
+python benchmarks/low_bits.py --network resnet20 --widths 3,3 --seeds 0  # a part
+python benchmarks/low_bits.py --table docs/results/low_bits.json         # print the table of an earlier run
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import subbyte
+from subbyte.tasks import TASKS
+
+THREADS = 2
+RECIPES: dict[str, subbyte.Recipe] = {
+    "layers": subbyte.Recipe(),
+    "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
+    "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
+}
+ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activation bits, samples, seeds
+    ("resnet20", 4, 4, 256, 3),
+    ("resnet20", 3, 3, 256, 3),
+    ("resnet20", 2, 4, 256, 3),
+    ("resnet20", 2, 2, 256, 3),
+    ("resnet20", 4, 4, 1024, 1),
+    ("resnet20", 3, 3, 1024, 1),
+    ("resnet20", 2, 4, 1024, 1),
+    ("resnet20", 2, 2, 1024, 1),
+    ("resnet56", 4, 4, 256, 1),
+    ("mobilenet_v1", 4, 8, 256, 1),
+    ("mobilenet_v1", 4, 4, 256, 1),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Quantize the real networks at low widths, with and without refinements.")
+    parser.add_argument("--network", choices=sorted({row[0] for row in ROWS}), action="append")
+    parser.add_argument("--widths", help="W,A: only these")
+    parser.add_argument("--seeds", help="only these, such as 0,1")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), action="append")
+    parser.add_argument("--samples", type=int, help="only rows with so many samples")
+    parser.add_argument("--threads", type=int, default=THREADS)
+    parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and those it has are not measured again")
+    parser.add_argument("--table", type=Path, help="print the table of such a file and stop")
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(options.table.read_text())["rows"]))
+        return
+    torch.set_num_threads(options.threads)
+    rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
+    for network, weight_bits, activation_bits, samples, seeds in ROWS:
+        chosen = options.widths in (None, f"{weight_bits},{activation_bits}") and options.samples in (None, samples)
+        if network not in (options.network or [network]) or not chosen:
+            continue
+        for seed in range(seeds) if options.seeds is None else map(int, options.seeds.split(",")):
+            for name in options.recipe or RECIPES:
+                key = (network, weight_bits, activation_bits, samples, seed, name)
+                if any(tuple(row[part] for part in KEY) == key for row in rows):
+                    continue
+                rows.append(
+                    dict(zip(KEY, key, strict=True)) | measure(network, (weight_bits, activation_bits), samples, seed, RECIPES[name])
+                )
+                print(table(rows[-1:]).splitlines()[-1], flush=True)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=1) + "\n")
+    print(table(rows))
+
+
+KEY = ("network", "weight_bits", "activation_bits", "samples", "seed", "recipe")
+
+
+def measure(network: str, bits: tuple[int, int], samples: int, seed: int, recipe: subbyte.Recipe) -> dict[str, object]:
+    """Quantize one network once."""
+    task = TASKS[network](samples=samples, seed=seed)
+    widths = subbyte.Widths(*bits, pinned=dict.fromkeys(task.first_and_last, 8))
+    result = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe, seed=seed)
+    return {
+        "top1": round(task.score(result.model), 4),
+        "loss": result.loss,
+        "kept": all(report.kept for report in result.refinements),
+        "seconds": round(result.seconds, 1),
+    }
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Markdown: one line for each network, width and number of samples; mean top-1 over the seeds, and its range, for each recipe."""
+    lines = [f"| network | W/A | samples | seeds | {' | '.join(RECIPES)} |", "|---|---|---|---|" + "---|" * len(RECIPES)]
+    groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[part] for part in KEY[:4]), []).append(row)
+    for (network, weight_bits, activation_bits, samples), group in groups.items():
+        cells = []
+        for name in RECIPES:
+            top1 = [float(row["top1"]) for row in group if row["recipe"] == name]  # type: ignore[arg-type]
+            spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
+            cells.append(f"{statistics.fmean(top1):.2f}{spread}" if top1 else "")
+        seeds = len({row["seed"] for row in group})
+        lines.append(f"| {network} | {weight_bits}/{activation_bits} | {samples} | {seeds} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""From widths to a quantized model: layers solved, the whole guarded, refined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.guard import Judged
+from subbyte.calibrate.kept import Kept
+from subbyte.calibrate.models import Models, prepare
+from subbyte.calibrate.passes import calibrate_
+from subbyte.calibrate.refinement import RefinementReport, refine_guarded_
+from subbyte.calibrate.whole import Judge, Measured, guard_whole_
+from subbyte.model.clipping import Clip
+from subbyte.model.fold import NormOutput
+from subbyte.model.layers import Layer
+from subbyte.recipes import Recipe
+from subbyte.run.events import Observer
+from subbyte.widths import Option
+
+
+@dataclass(frozen=True, eq=False)
+class Assembled:
+    """A quantized model, and what was found on the way.
+
+    Args:
+        models: the float model and the quantized one.
+        judged: solutions by layer name.
+        measured: losses on held-out samples, before refinements.
+        refinements: what followed.
+    """
+
+    models: Models
+    judged: Mapping[str, Judged]
+    measured: Measured
+    refinements: tuple[RefinementReport, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Assembler:
+    """Everything but the widths.
+
+    Args:
+        original: float model, batch norms folded; is not changed.
+        layers: what is quantized, in running order.
+        clips: what is read of the layers' outputs, by name.
+        norms: batch norms that were folded, by the layer's name.
+        calibration: calibration set.
+        recipe: how.
+        kept: solutions of the run so far.
+        judge: the held-out samples.
+        observer: is told what happens.
+    """
+
+    original: nn.Module
+    layers: tuple[Layer, ...]
+    clips: Mapping[str, Clip]
+    norms: Mapping[str, NormOutput]
+    calibration: CalibrationSet
+    recipe: Recipe
+    kept: Kept
+    judge: Judge
+    observer: Observer
+
+    def prepare(self, options: Mapping[str, Option]) -> Models:
+        """The float model beside a copy whose layers have no codes yet.
+
+        Args:
+            options: `(weight bits, activation bits or None)` by layer name.
+        """
+        return prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
+
+    def assemble(self, options: Mapping[str, Option]) -> Assembled:
+        """Solve every layer at its widths, keep the better of calibrated and plainly rounded, refine.
+
+        Args:
+            options: `(weight bits, activation bits or None)` by layer name.
+
+        Raises:
+            LayerError: if a layer cannot be solved.
+            ModelError: if the quantized model returns NaN or infinite numbers.
+        """
+        recipe, models = self.recipe, self.prepare(options)
+        judged = calibrate_(models, self.calibration, recipe.method, recipe.flavour, self.kept, self.observer)
+        measured = guard_whole_(models, judged, self.judge, self.observer)
+        refinements = refine_guarded_(models, recipe.refinements, self.calibration, self.judge, measured.loss, self.observer)
+        return Assembled(models, judged, measured, refinements)

@@ -1,0 +1,96 @@
+"""Every layer at every option, in one parallel-flavour pass: rows are sampled once for a layer and serve all of its options."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from subbyte.calibrate.gather import CalibrationSet, StopRows, problem_of, sample_at
+from subbyte.calibrate.guard import Judged, solve_guarded
+from subbyte.calibrate.kept import Kept
+from subbyte.calibrate.models import CalibratedLayer, Models, at_option
+from subbyte.calibrate.passes import Method
+from subbyte.calibrate.rows import generator_for
+from subbyte.errors import LayerError, naming_layer
+from subbyte.model.lockstep import Forward, Lockstep
+from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
+from subbyte.widths import Option
+
+STAGE = "reconstruct"
+Solved = dict[str, dict[Option, Judged]]
+"""What was found, by layer name and option."""
+
+
+def reconstruct(
+    models: Models, options: Mapping[str, Sequence[Option]], data: CalibrationSet, method: Method, kept: Kept, observer: Observer
+) -> Solved:
+    """Solve every layer at each of its options on the float model's inputs. Memory holds the rows of one layer, and codes of all.
+
+    Args:
+        models: the float model and its layers; is not changed.
+        options: `(weight bits, activation bits or None)` of each layer, by name.
+        data: calibration set.
+        method: how to solve.
+        kept: what is in it is not solved again; the rest is put into it, layer by layer.
+        observer: is told of every layer.
+
+    Raises:
+        LayerError: if a layer cannot be solved, or was reached by no batch.
+    """
+    started = time.perf_counter()
+    found: Solved = {}
+    missing = []
+    for item in models.layers:
+        known = {option: kept.recall(at_option(item, option)) for option in options[item.layer.name]}
+        found[item.layer.name] = {option: judged for option, judged in known.items() if judged is not None}
+        if len(found[item.layer.name]) < len(known):
+            missing.append(item)
+    observer(StageStarted(STAGE, len(missing)))
+    for item, samples in _reached(models, missing, data, method) if missing else ():
+        began, name = time.perf_counter(), item.layer.name
+        wanted = [option for option in options[name] if option not in found[name]]
+        with naming_layer(name, f"weight {item.layer.weight_shape}"):
+            found[name] |= _solve(item, wanted, samples, method, kept, data.seed)
+        worst = max(found[name].values(), key=lambda judged: judged.error)
+        observer(LayerSolved(STAGE, name, worst.error, worst.baseline_error, time.perf_counter() - began))
+    observer(StageFinished(STAGE, time.perf_counter() - started))
+    return {name: {option: solved[option] for option in options[name]} for name, solved in found.items()}
+
+
+def _reached(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet, method: Method):  # type: ignore[no-untyped-def]
+    """Layers with the rows of all their calls, in running order; those called several times when all forwards have ended."""
+    by_name = {item.layer.name: item for item in items}
+    forwards = [Forward(models.original, batch, {name: item.original for name, item in by_name.items()}) for batch in data.batches]
+    samples: dict[str, list[StopRows]] = defaultdict(list)
+    done = set()
+    with Lockstep(forwards, list(by_name)) as lockstep:
+        for stop in lockstep:
+            item = by_name[stop.layer]
+            if stop.layer in done:
+                raise LayerError(stop.layer, "is called more often on a later batch than on the first; put such a batch first, or exclude")
+            samples[stop.layer].append(sample_at(item, stop, data, method.sampling, sequential=False))
+            if item.layer.calls == 1:
+                done.add(stop.layer)
+                yield item, samples.pop(stop.layer)
+    for name in list(samples):
+        done.add(name)
+        yield by_name[name], samples.pop(name)
+    for name in by_name:
+        if name not in done:
+            raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
+
+
+def _solve(
+    item: CalibratedLayer, wanted: Sequence[Option], samples: list[StopRows], method: Method, kept: Kept, seed: int
+) -> dict[Option, Judged]:
+    problem = problem_of(item, samples)
+    samples.clear()
+    found = {}
+    for option in wanted:
+        here = at_option(item, option)
+        posed = replace(problem, weight_grid=here.weight_grid, activation_grid=here.activation_grid)
+        found[option] = solve_guarded(posed, method.solver, method.baseline, generator_for(seed, f"solve {item.layer.name}"))
+        kept.keep(here, found[option])
+    return found

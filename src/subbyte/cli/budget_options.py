@@ -1,0 +1,123 @@
+"""The options that make a budget, and how their text becomes one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subbyte import Budget, Choices
+from subbyte.budget import Quantity
+from subbyte.choices import ALL_BITS
+from subbyte.cli.options import bits_or_none, pins_from
+from subbyte.errors import OptionError
+from subbyte.run.bank import ENTRIES
+
+PACKED_NAME = "model.subbyte.safetensors"
+
+SizeOption = Annotated[
+    float | None, typer.Option("--size", metavar="SHARE", help="Budget: bytes of the packed file, as a share of the float model's.")
+]
+BytesOption = Annotated[int | None, typer.Option("--bytes", metavar="N", help="Budget: bytes of the packed file.")]
+AverageBitsOption = Annotated[float | None, typer.Option("--average-bits", metavar="B", help="Budget: mean bits of all quantized weights.")]
+MaxKLOption = Annotated[
+    float | None, typer.Option("--max-kl", metavar="NATS", help="Budget, of a classifier: KL divergence as measured on held-out samples.")
+]
+MinAgreementOption = Annotated[
+    float | None, typer.Option("--min-agreement", metavar="PERCENT", help="Budget, of a classifier: predictions as the float model's.")
+]
+MaxErrorOption = Annotated[
+    float | None, typer.Option("--max-error", metavar="SHARE", help="Budget: relative squared error of the output, likewise measured.")
+]
+MinimizeOption = Annotated[
+    Quantity | None,
+    typer.Option("--minimize", help="Budget: what to make smallest. Default degradation if a cost is limited, else size."),
+]
+WeightChoicesOption = Annotated[
+    str | None, typer.Option("--weight-choices", metavar="2,4,8", help="Budget: bits that weights may have. Default all, 2 to 8.")
+]
+ActivationChoicesOption = Annotated[
+    str | None,
+    typer.Option("--activation-choices", metavar="same|8|none", help="Budget: bits that inputs may have. Default as their weights."),
+]
+BestEffortOption = Annotated[
+    bool, typer.Option("--best-effort", help="Budget: give the best model found where a degradation limit cannot be met.")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that 'quantize --out RUN/' made.")]
+MaxPredictedOption = Annotated[
+    float | None,
+    typer.Option("--max-predicted", metavar="LOSS", help="Limit on the predicted degradation, in the unit of the table."),
+]
+FrontierOption = Annotated[bool, typer.Option("--frontier", help="List the best allocation for every size instead.")]
+
+
+def choices_from(
+    weight_choices: str | None,
+    activation_choices: str | None,
+    keep: Sequence[str] | None,
+    pins: Sequence[str] | None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Choices:
+    """Choices of what the options say.
+
+    Args:
+        weight_choices: numbers between commas; None: 2 to 8.
+        activation_choices: ``same``, or numbers or ``none`` between commas; None: ``same``.
+        keep: names or globs of layers at 8 bits.
+        pins: ``NAME=W`` or ``NAME=W,A``.
+        include: globs of the only layers to quantize; None or none means all.
+        exclude: globs of layers to leave out.
+
+    Raises:
+        OptionError: if a text cannot be read, or a width is outside 2 to 8.
+
+    Example:
+        >>> choices_from("4,8", "8", None, ["fc=8"]).of(["conv", "fc"])
+        {'conv': ((4, 8), (8, 8)), 'fc': ((8, 8),)}
+    """
+    weights = [bits_or_none("--weight-choices", part) for part in weight_choices.split(",")] if weight_choices else list(ALL_BITS)
+    if any(bits is None for bits in weights):
+        raise OptionError("--weight-choices: weights have 2 to 8 bits; --exclude leaves a layer in float32")
+    same = activation_choices is None or activation_choices.strip().lower() == "same"
+    inputs = () if same else tuple(bits_or_none("--activation-choices", part) for part in (activation_choices or "").split(","))
+    pinned = pins_from(keep, pins, float_inputs=inputs == (None,))
+    return Choices([bits for bits in weights if bits is not None], inputs, pinned, include=include or ("*",), exclude=exclude or ())
+
+
+def budget_from(limits: dict[str, float | None], minimize: Quantity | None, choices: Choices, *, best_effort: bool) -> Budget | None:
+    """The budget that the options describe; None if they describe none.
+
+    Args:
+        limits: by the field of `Budget`, as given.
+        minimize: as given.
+        choices: options of every layer.
+        best_effort: whether a limit that cannot be met is no error.
+
+    Raises:
+        OptionError: if a limit is outside its range, or there is something to minimize and no limit.
+
+    Example:
+        >>> budget_from({"size": 0.125, "kl": None}, None, Choices(), best_effort=False).size
+        0.125
+    """
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    if not given and minimize is None:
+        return None
+    return Budget(minimize=minimize, choices=choices, best_effort=best_effort, **given)  # type: ignore[arg-type]
+
+
+def is_run_folder(out: str) -> bool:
+    """Whether `--out` names a run folder: it ends in a slash, or is one already.
+
+    Args:
+        out: as given.
+
+    Example:
+        >>> is_run_folder("run/"), is_run_folder("net.subbyte.safetensors")
+        (True, False)
+    """
+    return out.endswith("/") or os.path.isdir(Path(out) / ENTRIES)

@@ -1,0 +1,181 @@
+"""From a budget to widths: sensitivities, the integer programme, and rounds until measured degradations are within their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from subbyte.allocate.allocation import Allocation, Market, allocate
+from subbyte.allocate.cost import costs_of
+from subbyte.allocate.frontier import POINTS, frontier
+from subbyte.allocate.rounds import Held, Round, hold
+from subbyte.allocate.saved import save_market
+from subbyte.allocate.sensitivity import Sensitivity, sensitivity_of
+from subbyte.assemble import Assembled, Assembler
+from subbyte.budget import DEGRADATION_LOSSES, Budget
+from subbyte.calibrate.reconstruct import reconstruct
+from subbyte.choices import Choices
+from subbyte.errors import InfeasibleError, OptionError
+from subbyte.model.fold import Fold
+from subbyte.widths import Widths
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How a budget was met.
+
+    Args:
+        budget: as asked for.
+        market: sensitivities and costs.
+        allocation: the chosen one.
+        rounds: what was assembled and measured, in order; the kept one among them.
+        measured_loss: the sensitivities' loss of the returned model on held-out samples: what `allocation.predicted` predicted.
+        missed: limits on degradations that the returned model does not meet: by name, the measured value.
+    """
+
+    budget: Budget
+    market: Market
+    allocation: Allocation
+    rounds: tuple[Round, ...]
+    measured_loss: float
+    missed: Mapping[str, float]
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """The table."""
+        return self.market.sensitivity
+
+    def frontier(self, points: int = POINTS) -> tuple[Allocation, ...]:
+        """The least predicted degradation for every size, see `allocate.frontier`.
+
+        Args:
+            points: at most.
+        """
+        return frontier(self.market, points)
+
+    def solve(self, budget: Budget, most_degradation: float | None = None) -> Allocation:
+        """What another budget would choose, from the same table.
+
+        Args:
+            budget: limits on costs count; those on degradations are not measured here. Without choices of its own, it has the plan's.
+            most_degradation: limit on the predicted degradation.
+
+        Raises:
+            InfeasibleError: if no allocation is within the limits.
+        """
+        market, choices = self.market, budget.choices
+        if choices is not None:
+            names = list(market.costs.layers)
+            market = replace(market, options=choices.of(names), groups=choices.groups(names))
+        return allocate(market, budget, most_degradation)
+
+
+def asked_for(widths: Widths | None, budget: Budget | None, choices: Choices) -> tuple[Widths | Budget, Widths | Choices]:
+    """What was asked for, and what says which options layers may have.
+
+    Args:
+        widths: bits of every layer, or None.
+        budget: in place of widths, or None; with neither, 8 bits everywhere.
+        choices: of a budget that has none of its own.
+
+    Raises:
+        OptionError: if both are given.
+    """
+    if widths is not None and budget is not None:
+        raise OptionError("give widths or a budget, not both; a budget's choices can pin layers")
+    if budget is not None:
+        own = budget.choices or choices
+        return replace(budget, choices=own), own
+    return (widths or Widths(),) * 2
+
+
+def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold], model: nn.Module) -> tuple[Assembled, Plan | None]:
+    """The quantized model at fixed widths, or the best within a budget and how it was met.
+
+    Args:
+        assembler: model, data and recipe.
+        asked: widths or a budget.
+        folds: batch norms that were folded.
+        model: the float model as it came.
+
+    Raises:
+        InfeasibleError: if no allocation is within the limits, as counted or as measured.
+    """
+    if isinstance(asked, Widths):
+        return assembler.assemble(asked.of([layer.name for layer in assembler.layers])), None
+    return meet(assembler, survey_market(assembler, asked, folds, model), asked)
+
+
+def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], model: nn.Module) -> Market:
+    """Reconstruct every layer at every option, and measure what each does to the model.
+
+    Args:
+        assembler: model, data and recipe.
+        budget: its choices, and the loss that it asks for.
+        folds: batch norms that were folded.
+        model: the float model as it came.
+    """
+    recipe, names = assembler.recipe, [layer.name for layer in assembler.layers]
+    choices = budget.choices or Choices()
+    options = choices.of(names)
+    first = {name: row[0] for name, row in options.items()}
+    models = assembler.prepare(first)
+    solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)
+    asked = (recipe.sensitivity, budget.sensitivity_loss(recipe.loss))
+    table = sensitivity_of(models, solved, assembler.calibration, asked, assembler.kept, assembler.observer)
+    market = Market(table, costs_of(models, first, folds, model, budget.seconds), options, choices.groups(names))
+    if assembler.kept.bank.run_folder is not None:
+        save_market(assembler.kept.bank.run_folder, market)
+    return market
+
+
+def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assembled, Plan]:
+    """The best model within a budget: the programme's answer, assembled; where degradations are limited, in rounds.
+
+    Args:
+        assembler: model, data and recipe.
+        market: what there is to choose from.
+        budget: what to meet.
+
+    Raises:
+        InfeasibleError: if no allocation is within the limits, as counted or as measured.
+    """
+    judge, limits, losses = assembler.judge, budget.degradations, dict(DEGRADATION_LOSSES)
+    loss = budget.sensitivity_loss(assembler.recipe.loss)
+    float_score = None if budget.score is None else budget.score(assembler.original)
+
+    def measure(assembled: Assembled) -> dict[str, float]:
+        model = assembled.models.quantized
+        found = {name: replace(judge, loss=losses[name]).loss_of(model) for name in limits if name in losses}
+        if budget.score is not None and float_score is not None:
+            found["accuracy_drop"] = float_score - budget.score(model)
+        return found
+
+    held: Held[Assembled] = hold(
+        lambda rhs: allocate(market, budget, rhs),
+        lambda allocation: assembler.assemble(allocation.options),
+        measure,
+        limits,
+        _start(market, budget),
+        budget.rounds,
+    )
+    missed = {name: value for name, value in held.kept.measured.items() if not value <= limits[name]}
+    if missed and not budget.best_effort:
+        name, value = next(iter(missed.items()))
+        raise InfeasibleError(name, limits[name], value, f"as measured on {judge.held_out_samples} held-out samples")
+    measured_loss = replace(judge, loss=loss).loss_of(held.assembled.models.quantized)
+    return held.assembled, Plan(budget, market, held.kept.allocation, held.rounds, measured_loss, missed)
+
+
+def _start(market: Market, budget: Budget) -> float | None:
+    """Predicted degradation of the first round: the limit itself where it is in the table's unit; else what 4 to 5 bits everywhere cost."""
+    limits, table = budget.degradations, market.sensitivity
+    if not limits or budget.minimized == "degradation":
+        return None
+    for name, value in limits.items():
+        if name in DEGRADATION_LOSSES and type(DEGRADATION_LOSSES[name]).__name__ == table.loss_name and value > 0:
+            return value
+    middle = [sorted(row.values())[len(row) // 3] for row in table.losses.values()]
+    return max(sum(middle), 1e-12)

@@ -1,0 +1,127 @@
+"""Sensitivities: Measured against a naive loop, Fisher against Measured where the second order is all there is."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from subbyte import Fisher, KLDivergence, LayerError, Measured, ModelError, OptionError, OutputLoss, RelativeSquaredError
+from subbyte.allocate.sensitivity import Sensitivity, SensitivityMethod, sensitivity_of
+from subbyte.calibrate.kept import Kept
+from subbyte.calibrate.loss import Disagreement, measure
+from subbyte.calibrate.models import at_option, state_of
+from subbyte.model.batches import call
+from subbyte.model.quantized_layer import QuantizedLayer
+from subbyte.model.replace import replace_module_
+from subbyte.run.bank import Bank
+from subbyte.run.events import ignore
+
+from .conftest import OPTIONS, Case, case, chain
+
+LOSSES = [KLDivergence(), KLDivergence(temperature=3.0), RelativeSquaredError()]
+
+
+def table(network: Case, method: SensitivityMethod, loss: OutputLoss, bank: Bank | None = None) -> Sensitivity:
+    return sensitivity_of(network.models, network.solved, network.data, (method, loss), Kept(bank or Bank(), "test"), ignore)
+
+
+@pytest.mark.parametrize("loss", [*LOSSES, Disagreement()], ids=repr)
+@pytest.mark.parametrize("remember", [True, False])
+def test_measured_is_what_a_naive_loop_finds(network: Case, loss: OutputLoss, remember: bool) -> None:
+    found = table(network, Measured(remember=remember), loss)
+    original, batches = network.models.original, network.data.batches
+    with torch.no_grad():
+        references = [copy.deepcopy(call(original, batch)) for batch in batches]
+    for item in network.models.layers:
+        for option in OPTIONS:
+            changed = copy.deepcopy(original)
+            old = changed.get_submodule(item.layer.name)
+            new = QuantizedLayer(old, item.layer.operator)
+            new.assign_(state_of(at_option(item, option), network.solved[item.layer.name][option].solution))
+            replace_module_(changed, old, new)
+            expected = measure(changed, batches, references, loss)
+            assert found.losses[item.layer.name][option] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_fisher_is_measured_where_changes_are_small(network: Case, loss: OutputLoss) -> None:
+    measured, fisher = table(network, Measured(), loss), table(network, Fisher(draws=400), loss)
+    for name, row in measured.losses.items():
+        assert fisher.losses[name][(8, 8)] == pytest.approx(row[(8, 8)], rel=0.25), name
+    ratios = [fisher.losses[name][option] / row[option] for name, row in measured.losses.items() for option in OPTIONS]
+    assert 0.3 < min(ratios) and max(ratios) < 3.0
+
+
+@pytest.mark.parametrize("method", [Fisher(), Measured()], ids=repr)
+def test_the_model_is_left_as_it_was_and_numbers_repeat(network: Case, method: SensitivityMethod) -> None:
+    original = network.models.original
+    before = copy.deepcopy(original.state_dict())
+    wanted = [parameter.requires_grad for parameter in original.parameters()]
+    first, second = table(network, method, KLDivergence()), table(network, method, KLDivergence())
+    assert first == second
+    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())
+    assert wanted == [parameter.requires_grad for parameter in original.parameters()]
+    assert all(parameter.grad is None for parameter in original.parameters())
+    assert not any("forward" in vars(module) or module._forward_hooks for module in original.modules())
+
+
+def test_batches_in_the_bank_are_not_measured_again(network: Case) -> None:
+    bank = Bank()
+    first = table(network, Fisher(), KLDivergence(), bank)
+
+    class Broken(Fisher):
+        def share(self, *given: object) -> None:  # type: ignore[override]
+            raise AssertionError("measured again")
+
+    Broken.__qualname__ = Fisher.__qualname__  # the same settings, as far as a digest can see
+    assert table(network, Broken(), KLDivergence(), bank).losses == first.losses
+
+
+def test_a_layer_that_no_gradient_reaches_is_named() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(self.first(x).detach())
+
+    network = case(Detached(), torch.randn(40, 6))
+    with pytest.raises(LayerError, match=r"'first'.*Measured\(\)"):
+        table(network, Fisher(), KLDivergence())
+    assert all(loss > 0 for loss in table(network, Measured(), KLDivergence()).losses["first"].values())
+
+
+def test_a_model_without_gradients_asks_for_measured() -> None:
+    class Overwriting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).sigmoid()
+            out = self.second(y)
+            y.mul_(2.0)  # what the gradient of the sigmoid needs
+            return out
+
+    with pytest.raises(ModelError, match=r"differentiated.*Measured\(\)"):
+        table(case(Overwriting(), torch.randn(40, 6)), Fisher(), KLDivergence())
+
+
+def test_a_loss_without_a_probe_asks_for_measured() -> None:
+    with pytest.raises(OptionError, match=r"Measured\(\)"):
+        table(case(chain(), torch.randn(40, 6)), Fisher(), Disagreement())
+
+
+def test_infinite_negative_and_nan_entries_are_named() -> None:
+    odd = Sensitivity({"a": {(2, 2): math.inf, (4, 4): -0.1}, "b": {(2, 2): 1.0}}, "mine", "by hand")
+    assert [note for note in odd.notes if "'a'" in note] == list(odd.notes) and len(odd.notes) == 2
+    for number in (math.nan, -math.inf):
+        with pytest.raises(LayerError, match="'b'"):
+            Sensitivity({"a": {(2, 2): 1.0}, "b": {(2, 2): number}}, "mine", "by hand")
+    with pytest.raises(LayerError, match="'a'.*each of its options"):
+        Sensitivity({"a": {(2, 2): math.inf}}, "mine", "by hand")

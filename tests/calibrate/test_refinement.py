@@ -1,0 +1,199 @@
+"""Every refinement runs the same body: never worse, the same twice, nothing left behind; and the guard takes back what does not help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import subbyte
+from subbyte import Blockwise, Networkwise, Recipe, Refinement, Widths
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.models import Models
+from subbyte.model.quantized_layer import QuantizedLayer
+from subbyte.run.events import Event, Observer, StageFinished, StageStarted
+
+REFINEMENTS = (Blockwise(iterations=60, checks=4), Networkwise(iterations=60, checks=4))
+refinements = pytest.mark.parametrize("refinement", REFINEMENTS, ids=lambda refinement: refinement.name)
+
+
+class Net(nn.Module):
+    """Two residual blocks between a stem and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(8, 16), nn.Linear(16, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return self.head(x)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def data(count: int = 128) -> Tensor:
+    chance = torch.Generator().manual_seed(1)
+    return torch.randn(count, 3, generator=chance) @ torch.randn(3, 8, generator=chance) + 0.1 * torch.randn(count, 8, generator=chance)
+
+
+def run(*refinements: Refinement, samples: object = None, model: nn.Module | None = None, **others: object) -> subbyte.Result:
+    recipe = Recipe(solver=subbyte.RoundToNearest(), refinements=refinements)
+    return subbyte.quantize(model or net(), data() if samples is None else samples, widths=Widths(3, 4), recipe=recipe, **others)  # type: ignore[arg-type]
+
+
+@refinements
+def test_it_lowers_the_loss_of_a_plainly_rounded_model(refinement: Refinement) -> None:
+    result = run(refinement)
+    report = result.refinements[0]
+    assert report.kept and result.loss == report.loss < 0.8 * report.start_loss
+    assert report.start_loss == result.measured.loss
+
+
+@refinements
+def test_the_reported_loss_is_that_of_the_returned_model(refinement: Refinement) -> None:
+    result, model = run(refinement), net()
+    held = subbyte.quantize(model, data(), widths=Widths(3, 4)).measured.held_out_samples
+    with torch.no_grad():
+        losses = [float((result.model(x) - model(x)).square().sum() / model(x).square().sum()) for x in data()[:, None]]
+    assert held == 16 and min(losses) < result.loss < max(losses)
+
+
+@refinements
+def test_the_same_twice(refinement: Refinement) -> None:
+    first, second = run(refinement), run(refinement)
+    assert torch.equal(first.model(data()), second.model(data()))
+    assert first.loss == second.loss
+
+
+@refinements
+def test_global_chance_and_the_float_model_are_not_touched(refinement: Refinement) -> None:
+    model, chosen = net(), data()
+    state = torch.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    run(refinement, model=model, samples=chosen)
+    assert torch.equal(torch.get_rng_state(), state)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@refinements
+def test_nothing_is_left_behind_and_the_file_is_as_large_as_before(refinement: Refinement) -> None:
+    result = run(refinement)
+    layers = [module for module in result.model.modules() if isinstance(module, QuantizedLayer)]
+    assert len(layers) == 6
+    for layer in layers:
+        state = layer.state()
+        assert "forward" not in vars(layer) and not layer._forward_hooks
+        assert state.codes.dtype == torch.int16
+        assert int(state.codes.min()) >= state.weight_grid.lowest and int(state.codes.max()) <= state.weight_grid.highest
+        assert not any(tensor.requires_grad for tensor in (state.scale, state.bias, layer.weight))
+    assert result.size_bytes == run().size_bytes
+
+
+@refinements
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [data(20), data(12)],
+        [(data(16),), (data(9),)],
+        [{"x": data(16)}],
+        data(1),
+        data(2),
+    ],
+    ids=["batches", "tuples", "mappings", "one sample", "two samples"],
+)
+def test_any_batches_do(refinement: Refinement, samples: object) -> None:
+    result = run(refinement, samples=samples)
+    assert result.loss <= result.measured.loss <= result.measured.baseline_loss
+
+
+@refinements
+def test_layers_that_are_called_twice_or_skipped_do_no_harm(refinement: Refinement) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.sometimes, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.twice(torch.relu(self.twice(x))))
+            return self.head(torch.relu(self.sometimes(x)) if len(x) > 10 else x)
+
+    torch.manual_seed(0)
+    result = run(refinement, samples=[data(32), data(8)], model=Odd().eval())
+    assert result.loss <= result.measured.loss
+
+
+@refinements
+def test_the_observer_is_told_of_start_and_end(refinement: Refinement) -> None:
+    seen: list[Event] = []
+    run(refinement, observer=seen.append)
+    assert [e.stage for e in seen if isinstance(e, StageStarted)][-1] == refinement.name
+    assert [e.stage for e in seen if isinstance(e, StageFinished)][-1] == refinement.name
+
+
+@dataclass(frozen=True)
+class Spoiling(Refinement):
+    """Makes everything worse: wrong biases, NaN if asked, and other parameters of the model too."""
+
+    by: float
+
+    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+        for item in models.layers:
+            state = item.quantized.state()
+            item.quantized.assign_(replace(state, bias=state.bias + self.by))
+        with torch.no_grad():
+            for parameter in models.quantized.parameters():
+                parameter.add_(self.by)
+        return ("spoilt",)
+
+
+class Normed(Net):
+    """With parameters that no quantized layer holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+@pytest.mark.parametrize("by", [0.5, float("nan")])
+def test_what_does_not_help_is_taken_back_to_the_bit(by: float) -> None:
+    torch.manual_seed(0)
+    model = Normed().eval()
+    plain, spoilt = run(model=model), run(Spoiling(by), model=model)
+    report = spoilt.refinements[0]
+    assert not report.kept and report.notes == ("spoilt",)
+    assert spoilt.loss == plain.loss == report.start_loss
+    assert torch.equal(plain.model(data()), spoilt.model(data()))
+    assert "not better, so not kept" in str(spoilt)
+
+
+def test_refinements_follow_each_other_from_what_was_kept() -> None:
+    result = run(Spoiling(0.5), Networkwise(iterations=60), Spoiling(0.1))
+    first, second, third = result.refinements
+    assert (first.kept, second.kept, third.kept) == (False, True, False)
+    assert second.start_loss == first.start_loss and third.start_loss == second.loss == result.loss
+
+
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"weight_rate": -1.0}, {"checks": 0}, {"batch_samples": 0}], ids=str)
+@pytest.mark.parametrize("kind", [Blockwise, Networkwise])
+def test_impossible_settings_are_refused(kind: type[Refinement], wrong: dict[str, float]) -> None:
+    with pytest.raises(subbyte.OptionError, match="positive counts"):
+        kind(**wrong)
+
+
+def test_what_is_read_of_layers_counts_and_what_is_clipped_does_not() -> None:
+    """The layers' share changes what is found: it is not only the outputs that are fitted."""
+    with_layers, without = run(Networkwise(iterations=60)), run(Networkwise(iterations=60, layer_share=0.0))
+    assert not torch.equal(with_layers.model(data()), without.model(data()))
