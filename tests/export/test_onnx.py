@@ -73,9 +73,8 @@ def layers_of(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
 
 
-@pytest.mark.parametrize("seed", [0, 500])
-def test_random_networks_compute_what_their_simulation_computes(seed: int, tmp_path: Path) -> None:
-    result, samples = random_graphs.quantized_nets(seed, 12)
+def test_random_networks_compute_what_their_simulation_computes(tmp_path: Path) -> None:
+    result, samples = random_graphs.quantized_nets(0, 20)
     done = result.export_onnx(tmp_path / "m.onnx", threads=1)
     assert done.verification.float_layers == ()
     expected = [output.detach().numpy() for output in done.simulation(*samples)]

@@ -169,8 +169,8 @@ def is_no_op(node: Node) -> bool:
         return not node.args[2]
     if node.target is not aten.slice.Tensor:
         return False
-    given: tuple[Any, ...] = node.args[2:]
-    start, end, step = (*given, *(None, None, 1)[len(given) :])
+    given: list[Any] = [*node.args[2:], None, None, None]
+    start, end, step = given[0], given[1], given[2] or 1
     return bool(not start and (end is None or (isinstance(end, int) and end >= EVERYTHING)) and step == 1)
 
 

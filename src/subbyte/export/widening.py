@@ -11,7 +11,7 @@ Runtimes fold these operators when they load the file, find plain INT8 weights, 
   operators; Split, Reshape and a last Cast to INT8 give each layer its own.
 
 OpenVINO 2026.4 folds division and Cast in this order and then runs in int8; it does not do so behind BitShift and BitwiseAnd, or where the
-last operator is not the Cast (ONNX Runtime 1.32 folds all of these). `benchmarks/onnx_widening.py` measures the forms.
+last operator is not the Cast (ONNX Runtime 1.32 folds all of these). `tests/export/test_onnx.py` checks that both run every width in int8.
 """
 
 from __future__ import annotations
