@@ -2,8 +2,8 @@
 
     python benchmarks/onnx_random.py --count 500
 
-Prints how many outputs differ by more than one output step (a 255th of what the output spans), and the largest difference. Networks are exported twenty at
-a time, as one model with an input and an output for each.
+Prints how many outputs differ by more than one output step (a 255th of what the output spans), and the largest difference. Networks are
+exported twenty at a time, as one model with an input and an output for each.
 """
 
 from __future__ import annotations
