@@ -3,7 +3,7 @@
     python benchmarks/onnx_random.py --count 500
 
 Prints how many outputs differ by more than one output step (a 255th of what the output spans), and the largest difference. Networks are
-exported twenty at a time, as one model with an input and an output for each.
+exported fifty at a time, as one model with an input and an output for each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subbyte
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "export"))
 from random_graphs import quantized_nets  # noqa: E402 - it lies beside the tests
 
-TOGETHER = 20
+TOGETHER = 50
 
 
 def differences(seed: int, count: int) -> list[float]:

@@ -52,7 +52,7 @@ class RandomNet(nn.Module):
         return outputs
 
     def _clip(self, draw: random.Random) -> None:
-        kind = draw.choice(["relu", "relu", "relu6", "none", "sigmoid"])
+        kind = draw.choice(["relu", "relu", "relu6", "none"])
         if kind != "none":
             self.steps.append(Step(kind))
 
@@ -101,7 +101,7 @@ class RandomNet(nn.Module):
         elif step.kind in ("maxpool", "avgpool"):
             x = (F.max_pool2d if step.kind == "maxpool" else F.avg_pool2d)(x, 2, stride=1)
         else:
-            x = {"relu": torch.relu, "relu6": F.relu6, "sigmoid": torch.sigmoid}[step.kind](x)
+            x = {"relu": torch.relu, "relu6": F.relu6}[step.kind](x)
         return x, kept
 
 
