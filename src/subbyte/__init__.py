@@ -8,7 +8,7 @@ from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
 from subbyte.calibrate.blockwise import Blockwise
 from subbyte.calibrate.lattice import Lattice
-from subbyte.calibrate.loss import KLDivergence, OutputLoss, RelativeSquaredError
+from subbyte.calibrate.loss import CosineDistance, KLDivergence, OutputLoss, RelativeSquaredError
 from subbyte.calibrate.networkwise import Networkwise
 from subbyte.calibrate.passes import Flavour
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
@@ -21,18 +21,23 @@ from subbyte.export.packed import load
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
-from subbyte.recipes import Recipe, rounding
+from subbyte.recipes import Recipe, advanced, light, relaxed, rounding, weight_only
 from subbyte.result import Result
 from subbyte.run.bank import Bank
+from subbyte.tune.batch_norm import BatchNormTuning
+from subbyte.tune.bias import BiasTuning
 from subbyte.widths import Widths
 
 __all__ = [
     "AdaQuant",
     "AdaRound",
     "Bank",
+    "BatchNormTuning",
+    "BiasTuning",
     "Blockwise",
     "Budget",
     "Choices",
+    "CosineDistance",
     "DataError",
     "FileError",
     "Fisher",
@@ -63,7 +68,11 @@ __all__ = [
     "Solver",
     "SubbyteError",
     "Widths",
+    "advanced",
+    "light",
     "load",
     "quantize",
+    "relaxed",
     "rounding",
+    "weight_only",
 ]

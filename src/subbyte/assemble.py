@@ -15,6 +15,7 @@ from subbyte.calibrate.passes import calibrate_
 from subbyte.calibrate.refinement import RefinementReport, refine_guarded_
 from subbyte.calibrate.whole import Judge, Measured, guard_whole_
 from subbyte.model.clipping import Clip
+from subbyte.model.fold import NormOutput
 from subbyte.model.layers import Layer
 from subbyte.recipes import Recipe
 from subbyte.run.events import Observer
@@ -46,6 +47,7 @@ class Assembler:
         original: float model, batch norms folded; is not changed.
         layers: what is quantized, in running order.
         clips: what is read of the layers' outputs, by name.
+        norms: batch norms that were folded, by the layer's name.
         calibration: calibration set.
         recipe: how.
         kept: solutions of the run so far.
@@ -56,6 +58,7 @@ class Assembler:
     original: nn.Module
     layers: tuple[Layer, ...]
     clips: Mapping[str, Clip]
+    norms: Mapping[str, NormOutput]
     calibration: CalibrationSet
     recipe: Recipe
     kept: Kept
@@ -68,7 +71,7 @@ class Assembler:
         Args:
             options: `(weight bits, activation bits or None)` by layer name.
         """
-        return prepare(self.original, self.layers, options, self.clips, symmetric=self.recipe.symmetric_weights)
+        return prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
 
     def assemble(self, options: Mapping[str, Option]) -> Assembled:
         """Solve every layer at its widths, keep the better of calibrated and plainly rounded, refine.

@@ -49,7 +49,7 @@ class Budget:
         agreement: percent of predictions, the largest entry along the last dimension, that are the float model's.
         accuracy_drop: how far `score` may fall below the float model's.
         score: the user's own measure, on labelled samples of theirs: takes a model, gives a number, higher is better.
-        choices: options of every layer.
+        choices: options of every layer; None: the recipe's.
         seconds: time of each layer at each of its options, by name and `(weight bits, activation bits)`.
         loss: what sensitivities measure; None: KL divergence where a limit says that the model is a classifier (`kl`, `agreement`,
             `accuracy_drop`), the recipe's loss otherwise.
@@ -79,7 +79,7 @@ class Budget:
     agreement: float | None = None
     accuracy_drop: float | None = None
     score: Callable[[nn.Module], float] | None = None
-    choices: Choices = Choices()
+    choices: Choices | None = None
     seconds: Mapping[str, Mapping[Option, float]] | None = None
     loss: OutputLoss | None = None
     held_out: float = 0.25

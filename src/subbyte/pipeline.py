@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
 
 from subbyte.assemble import Assembler
@@ -16,7 +17,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
-from subbyte.model.fold import fold_batch_norms_
+from subbyte.model.fold import fold_batch_norms_, norm_outputs
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.plan import asked_for, carry_out
@@ -27,6 +28,7 @@ from subbyte.run.events import Observer, Warned, ignore
 from subbyte.widths import Widths
 
 
+@torch.inference_mode(mode=False)  # what is made here may meet a backward pass
 def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its own
     model: nn.Module,
     data: Tensor | Iterable[Batch],
@@ -71,7 +73,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         {'0': (8, 8), '4': (4, 4)}
     """
     started = time.perf_counter()
-    asked, chosen = asked_for(widths, budget)
+    asked, chosen = asked_for(widths, budget, recipe.choices)
     check_model(model)
     batches = as_batches(data)
     found, output = survey(model, batches, chosen.include, chosen.exclude)
@@ -83,8 +85,9 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
     calibration = CalibrationSet.drawn(batches, share, seed)
     kept = Kept(Bank() if bank is None else bank, run_digest(original, calibration, recipe.method, LIBRARY_VERSION))
-    judge, clips = Judge.of(original, calibration, recipe.loss), find_clips(original, found.layers, probes(batches))
-    assembler = Assembler(original, found.layers, clips, calibration, recipe, kept, judge, observer)
+    judge = Judge.of(original, calibration, recipe.loss)
+    clips = find_clips(original, found.layers, probes(batches)) if recipe.behind_clips else {}
+    assembler = Assembler(original, found.layers, clips, norm_outputs(model, folds), calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
 
     judged, measured = assembled.judged, assembled.measured

@@ -59,23 +59,26 @@ class Plan:
         """What another budget would choose, from the same table.
 
         Args:
-            budget: limits on costs count; those on degradations are not measured here.
+            budget: limits on costs count; those on degradations are not measured here. Without choices of its own, it has the plan's.
             most_degradation: limit on the predicted degradation.
 
         Raises:
             InfeasibleError: if no allocation is within the limits.
         """
-        names = list(self.market.costs.layers)
-        market = replace(self.market, options=budget.choices.of(names), groups=budget.choices.groups(names))
+        market, choices = self.market, budget.choices
+        if choices is not None:
+            names = list(market.costs.layers)
+            market = replace(market, options=choices.of(names), groups=choices.groups(names))
         return allocate(market, budget, most_degradation)
 
 
-def asked_for(widths: Widths | None, budget: Budget | None) -> tuple[Widths | Budget, Widths | Choices]:
+def asked_for(widths: Widths | None, budget: Budget | None, choices: Choices) -> tuple[Widths | Budget, Widths | Choices]:
     """What was asked for, and what says which options layers may have.
 
     Args:
         widths: bits of every layer, or None.
         budget: in place of widths, or None; with neither, 8 bits everywhere.
+        choices: of a budget that has none of its own.
 
     Raises:
         OptionError: if both are given.
@@ -83,7 +86,8 @@ def asked_for(widths: Widths | None, budget: Budget | None) -> tuple[Widths | Bu
     if widths is not None and budget is not None:
         raise OptionError("give widths or a budget, not both; a budget's choices can pin layers")
     if budget is not None:
-        return budget, budget.choices
+        own = budget.choices or choices
+        return replace(budget, choices=own), own
     return (widths or Widths(),) * 2
 
 
@@ -114,13 +118,14 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
         model: the float model as it came.
     """
     recipe, names = assembler.recipe, [layer.name for layer in assembler.layers]
-    options = budget.choices.of(names)
+    choices = budget.choices or Choices()
+    options = choices.of(names)
     first = {name: row[0] for name, row in options.items()}
     models = assembler.prepare(first)
     solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)
     asked = (recipe.sensitivity, budget.sensitivity_loss(recipe.loss))
     table = sensitivity_of(models, solved, assembler.calibration, asked, assembler.kept, assembler.observer)
-    market = Market(table, costs_of(models, first, folds, model, budget.seconds), options, budget.choices.groups(names))
+    market = Market(table, costs_of(models, first, folds, model, budget.seconds), options, choices.groups(names))
     if assembler.kept.bank.run_folder is not None:
         save_market(assembler.kept.bank.run_folder, market)
     return market

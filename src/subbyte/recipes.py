@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from subbyte.allocate.fisher import Fisher
+from subbyte.allocate.measured import Measured
 from subbyte.allocate.sensitivity import SensitivityMethod
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError
@@ -13,6 +14,9 @@ from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
+from subbyte.choices import Choices
+from subbyte.tune.batch_norm import BatchNormTuning
+from subbyte.tune.bias import BiasTuning
 
 
 @dataclass(frozen=True)
@@ -25,9 +29,12 @@ class Recipe:
         flavour: whether a layer sees the float input or what the quantized layers before it make of it.
         sampling: rows for each layer, and the share of samples that judge.
         symmetric_weights: True: weight zero-points are 0; False: one for each output channel.
+        behind_clips: whether a layer's error counts only as far as what follows reads of its output, behind a ReLU for example. Finding
+            that out is the one backward pass that a recipe makes which neither trains nor measures sensitivities by gradients.
         fold_batch_norms: whether batch norms are folded into the layers before them, where outputs prove it right.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
+        choices: the options of every layer, where a budget chooses the widths and has none of its own.
         sensitivity: measures what each layer does to the model at each option, where a budget chooses the widths.
         refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
 
@@ -41,15 +48,17 @@ class Recipe:
     flavour: Flavour = Flavour.SEQUENTIAL
     sampling: RowSampling = RowSampling()
     symmetric_weights: bool = True
+    behind_clips: bool = True
     fold_batch_norms: bool = True
     loss: OutputLoss = RelativeSquaredError()
+    choices: Choices = Choices()
     sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()
 
     @property
     def method(self) -> Method:
         """The part of the recipe that solves layers."""
-        return Method(self.solver, self.baseline, self.sampling)
+        return Method(self.solver, self.baseline, self.sampling, self.behind_clips)
 
 
 def rounding() -> Recipe:
@@ -60,3 +69,53 @@ def rounding() -> Recipe:
         'RoundToNearest'
     """
     return Recipe(solver=RoundToNearest(), flavour=Flavour.PARALLEL)
+
+
+def light() -> Recipe:
+    """Plain rounding, then batch-norm tuning: forward passes only, for models that cannot be differentiated and for the hurried.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 4, "light pipeline"; sensitivities are measured layer by layer.
+
+    Example:
+        >>> [refinement.name for refinement in light().refinements]
+        ['BatchNormTuning']
+    """
+    return replace(rounding(), behind_clips=False, sensitivity=Measured(), refinements=(BatchNormTuning(),))
+
+
+def advanced() -> Recipe:
+    """Every layer solved at 4 and at 8 bits, widths by integer programme, layers solved anew at these, batch-norm and bias tuning.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline"; the second solving, on what the quantized layers make of the data,
+        is ours.
+
+    Example:
+        >>> advanced().choices.weight_bits
+        (4, 8)
+    """
+    return replace(relaxed(), choices=Choices((4, 8)))
+
+
+def relaxed() -> Recipe:
+    """As `advanced`, with all widths from 2 to 8 bits to choose from.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 5.
+
+    Example:
+        >>> relaxed().choices.weight_bits
+        (2, 3, 4, 5, 6, 7, 8)
+    """
+    return Recipe(refinements=(BatchNormTuning(), BiasTuning()))
+
+
+def weight_only() -> Recipe:
+    """For weights alone: inputs stay in float32 (with fixed widths, give `Widths(bits, None)`).
+
+    Example:
+        >>> weight_only().choices.activation_bits
+        (None,)
+    """
+    return replace(relaxed(), choices=Choices(activation_bits=(None,)))

@@ -162,6 +162,28 @@ class Disagreement(OutputLoss):
         return differs.sum(dtype=torch.float64), torch.tensor(float(differs.numel()), dtype=torch.float64, device=differs.device)
 
 
+@dataclass(frozen=True)
+class CosineDistance(OutputLoss):
+    """`1 - cos(float, quantized)`, each sample's numbers as one vector, mean over samples; blind to the outputs' size.
+
+    Example:
+        >>> a, b = CosineDistance().total(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]]))
+        >>> (a / b).item()
+        0.5
+    """
+
+    def total(self, reference: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
+        """See `OutputLoss`.
+
+        Args:
+            reference: float32 (samples, ...).
+            output: float32, the same shape.
+        """
+        a, b = (tensor.double().reshape(tensor.shape[0] if tensor.dim() else 1, -1) for tensor in (reference, output))
+        distance = 1.0 - torch.cosine_similarity(a, b, dim=1)
+        return distance.sum(), torch.tensor(float(len(distance)), dtype=torch.float64, device=distance.device)
+
+
 def check_output(output: object) -> None:
     """Refuse a model whose outputs cannot be compared, before any work.
 
@@ -192,10 +214,24 @@ def measure(model: nn.Module, batches: Sequence[Batch], references: Sequence[obj
     above, below = torch.zeros(()), torch.zeros(())
     with torch.no_grad():
         for batch, reference in zip(batches, references, strict=True):
-            for expected, given in zip(floats(reference), floats(call(model, batch)), strict=True):
-                top, bottom = loss.total(expected, given)
-                above, below = above + top.cpu(), below + bottom.cpu()
+            top, bottom = compare(reference, call(model, batch), loss)
+            above, below = above + top.cpu(), below + bottom.cpu()
     return float(above / below.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def compare(reference: object, output: object, loss: OutputLoss) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the loss of one output, over all its floating-point tensors; with gradients.
+
+    Args:
+        reference: what the float model returned, tensors of any shape.
+        output: what the quantized model returned for the same, likewise.
+        loss: the distance.
+
+    Returns:
+        Two float64 ().
+    """
+    totals = [loss.total(expected, given) for expected, given in zip(floats(reference), floats(output), strict=True)]
+    return torch.stack([top for top, _ in totals]).sum(), torch.stack([bottom for _, bottom in totals]).sum()
 
 
 def floats(output: object) -> list[Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.model.clipping import Clip
+from subbyte.model.fold import NormOutput
 from subbyte.model.layers import Layer
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
@@ -26,6 +27,7 @@ class CalibratedLayer:
         weight_grid: grid of its weights.
         activation_grid: grid of its input, or None.
         clip: what is read of its output.
+        norm: the batch norm that was folded into it, or None.
     """
 
     layer: Layer
@@ -34,6 +36,7 @@ class CalibratedLayer:
     weight_grid: Grid
     activation_grid: Grid | None
     clip: Clip
+    norm: NormOutput | None = None
 
     def float_weight(self) -> Tensor:
         """`W` of the float module, float32 (G, O, n)."""
@@ -67,6 +70,7 @@ def prepare(
     layers: Sequence[Layer],
     options: Mapping[str, tuple[int, int | None]],
     clips: Mapping[str, Clip],
+    norms: Mapping[str, NormOutput],
     *,
     symmetric: bool,
 ) -> Models:
@@ -77,6 +81,7 @@ def prepare(
         layers: what will be quantized, in running order.
         options: `(weight bits, activation bits or None)` by layer name.
         clips: what is read of the layers' outputs, by layer name; of layers that are not named, everything.
+        norms: batch norms that were folded, by layer name.
         symmetric: whether weight grids are symmetric.
     """
     quantized = copy_of(original)
@@ -88,8 +93,8 @@ def prepare(
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None else Grid(activation_bits)
         weight_grid = Grid(weight_bits, symmetric=symmetric)
-        clip = clips.get(layer.name, Clip())
-        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip))
+        clip, norm = clips.get(layer.name, Clip()), norms.get(layer.name)
+        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip, norm))
     return Models(original, quantized, tuple(items))
 
 

@@ -47,11 +47,13 @@ class Method:
         solver: gives each layer its codes.
         baseline: what it has to beat.
         sampling: how many rows it sees.
+        behind_clips: whether errors count as what clips a layer's output lets them through.
     """
 
     solver: Solver
     baseline: Solver
     sampling: RowSampling
+    behind_clips: bool = True
 
 
 def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Flavour, kept: Kept, observer: Observer) -> dict[str, Judged]:

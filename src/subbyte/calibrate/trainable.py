@@ -5,12 +5,26 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from subbyte.calibrate.joint import JointParameters
 from subbyte.calibrate.models import CalibratedLayer
+
+
+class StandIn(Protocol):
+    """Computes in the place of a quantized layer."""
+
+    item: CalibratedLayer
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output.
+
+        Args:
+            x: float32, the shape that the layer accepts.
+        """
 
 
 @dataclass(eq=False)
@@ -47,8 +61,8 @@ class TrainableLayer:
 
 
 @contextlib.contextmanager
-def standing_in(layers: Iterable[TrainableLayer]) -> Iterator[None]:
-    """Trainable layers compute in the place of the quantized model's own, until the context ends.
+def standing_in(layers: Iterable[StandIn]) -> Iterator[None]:
+    """Others compute in the place of the quantized model's own layers, until the context ends.
 
     Args:
         layers: each stands in for `item.quantized`.

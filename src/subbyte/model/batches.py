@@ -49,7 +49,12 @@ def as_batches(data: Tensor | Iterable[Batch]) -> tuple[Batch, ...]:
         for tensor in tensors(batch):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise DataError(f"calibration batch {index} holds NaN or infinite numbers; remove those samples or mend the preprocessing")
-    return tuple(map_tensors(batch, torch.Tensor.detach) for batch in batches)
+    return tuple(map_tensors(batch, _plain) for batch in batches)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Without a past: one made in inference mode could never be part of a backward pass."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -40,6 +40,44 @@ class Fold:
     batch_norm: str
 
 
+@dataclass(frozen=True, eq=False)
+class NormOutput:
+    """What a batch norm makes of a channel, over the data that it was trained on: mean `beta` and standard deviation `|gamma|`.
+
+    Args:
+        gamma: gain, float32 (C,); ones where the batch norm has none.
+        beta: bias, float32 (C,); zeros where it has none.
+        epsilon: what it adds to a variance before it takes the root.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    epsilon: float
+
+
+def norm_outputs(model: nn.Module, folds: Sequence[Fold]) -> dict[str, NormOutput]:
+    """What the batch norms that were folded made of their layers' outputs, by the layer's name.
+
+    Args:
+        model: the float model as it was before the fold.
+        folds: what was folded in a copy of it.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).eval()
+        >>> norm_outputs(net, [Fold("0", "1")])["0"].beta
+        tensor([0., 0., 0.])
+    """
+    return {fold.layer: _norm_output(model.get_submodule(fold.batch_norm)) for fold in folds}
+
+
+@torch.no_grad()
+def _norm_output(norm: nn.Module) -> NormOutput:
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None
+    gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight.detach().clone()
+    beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias.detach().clone()
+    return NormOutput(gamma, beta, norm.eps)
+
+
 def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch]) -> tuple[Fold, ...]:
     """Fold every batch norm that can be folded.
 
@@ -138,15 +176,14 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
     assert isinstance(layer.weight, Tensor)
     weight, bias = layer.weight.detach(), layer.bias.detach() if isinstance(layer.bias, Tensor) else None
-    gamma = torch.ones_like(norm.running_mean) if norm.weight is None else norm.weight
-    beta = torch.zeros_like(norm.running_mean) if norm.bias is None else norm.bias
-    factor = gamma / torch.sqrt(norm.running_var + norm.eps)
+    affine = _norm_output(norm)
+    factor = affine.gamma / torch.sqrt(norm.running_var + affine.epsilon)
     undo = _Undo(layer, weight, bias, norm, nn.Identity().train(norm.training))
     operator = operator_of(layer)
     assert operator is not None
     layer.weight = nn.Parameter(weight * operator.per_channel(factor, weight), requires_grad=False)
     mean = norm.running_mean if bias is None else norm.running_mean - bias
-    layer.bias = nn.Parameter(beta - mean * factor, requires_grad=False)
+    layer.bias = nn.Parameter(affine.beta - mean * factor, requires_grad=False)
     replace_module_(model, norm, undo.identity)
     return undo
 

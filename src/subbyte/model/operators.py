@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from torch.nn import functional as F  # noqa: N812 - the name that everyone know
 
 class Operator(ABC):
     """A layer's arithmetic without its weights."""
+
+    channel_dimension: ClassVar[int]
+    """Where the layer's output counts its channels."""
 
     @abstractmethod
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -103,6 +107,8 @@ class Linear(Operator):
         >>> Linear().rows(torch.arange(6.0).view(1, 3, 2), torch.tensor([0]), torch.tensor([2]))
         tensor([[[4., 5.]]])
     """
+
+    channel_dimension: ClassVar[int] = -1
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """See `Operator`.
@@ -189,6 +195,7 @@ class Convolution(Operator):
                  [1., 2., 3.]]])
     """
 
+    channel_dimension: ClassVar[int] = 1
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]

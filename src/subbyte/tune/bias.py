@@ -1,0 +1,259 @@
+"""Bias tuning: train the biases of the whole quantized model so that it returns what the float model does.
+
+    minimise over the biases b of all layers        loss(float(x), quantized(x; b))
+
+The float model is the teacher, so no label is needed. Biases are few (one for each output channel), so that a few hundred samples
+determine them, and they cost nothing: codes and steps stay what they are. Rounding of inputs is passed straight through by the gradient.
+The state that is best on held-out samples is kept.
+
+Samples that the float model was trained on make a poor teacher: it is sure of them, and its outputs say little. Where data may be mixed,
+convex combinations of two samples show it what it is not sure of, and it labels them as well as any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.joint import half_cosine
+from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, compare
+from subbyte.calibrate.models import Models
+from subbyte.calibrate.refinement import Refinement
+from subbyte.calibrate.rows import generator_for
+from subbyte.calibrate.trainable import standing_in
+from subbyte.calibrate.whole import Judge
+from subbyte.errors import OptionError
+from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples, tensors
+from subbyte.run.events import Observer, StageFinished, StageStarted
+from subbyte.tune.optimizer import Adam, Optimizer
+from subbyte.tune.tuned_layer import TunedLayer
+
+Augmentation = Callable[[Batch, torch.Generator], Batch]
+"""Makes of a batch another one that the model could meet too, with chance from the generator; the number of samples stays."""
+
+
+@dataclass(frozen=True)
+class BiasTuning(Refinement):
+    """Distillation of the float model into the quantized model's biases.
+
+    Args:
+        loss: what is to become small on the samples that are not held out.
+        stop_by: what is to become small on those that are held out; the best state by it is kept.
+        optimizer: how parameters are moved.
+        epochs: how often every sample is seen, at most.
+        batch_samples: samples of one gradient step, at most; of different batches only where these fit together.
+        bias_rate: rate of the biases, in standard deviations of the layer's output.
+        step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
+        norm_biases: whether biases of norm layers (layer, group, instance and batch norms that are still there) are trained too.
+        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed.
+        augment: changes batches before they are used, for example by flipping images; None: they are used as they are.
+        patience: epochs without a better state after which it ends.
+
+    Raises:
+        OptionError: if a value is outside its range.
+
+    Source:
+        Hubara et al., arXiv 2006.10518, section 3.4; mixing: mixup (Zhang et al. 2018, arXiv 1710.09412), here without labels.
+
+    Example:
+        >>> BiasTuning(step_rate=1e-3).name
+        'BiasTuning'
+    """
+
+    loss: OutputLoss = RelativeSquaredError()
+    stop_by: OutputLoss = RelativeSquaredError()
+    optimizer: Optimizer = Adam()
+    epochs: int = 4
+    batch_samples: int = 32
+    bias_rate: float = 3e-3
+    step_rate: float = 0.0
+    norm_biases: bool = False
+    mixing: float = 1.0
+    augment: Augmentation | None = None
+    patience: int = 4
+
+    def __post_init__(self) -> None:
+        counts, rates = (self.epochs, self.batch_samples, self.patience), (self.bias_rate, self.step_rate)
+        if min(counts) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1:
+            raise OptionError(f"BiasTuning needs positive counts, no negative rate and mixing from 0 to 1, not {self}")
+
+    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+        """See `Refinement`.
+
+        Args:
+            models: see there.
+            data: see there.
+            observer: see there.
+        """
+        parts = _fit_parts(models.original, data)
+        if not parts:
+            return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
+        tuning = _Tuning(models, parts, self, Judge.of(models.original, data, self.stop_by))
+        if obstacle := tuning.obstacle():
+            return (f"nothing done: the model cannot be differentiated: {obstacle}",)
+        started = time.perf_counter()
+        observer(StageStarted(self.name))
+        note = tuning.run_(data.seed)
+        observer(StageFinished(self.name, time.perf_counter() - started))
+        mixable = any(tensor.is_floating_point() for tensor in tensors(parts[0]))
+        return (note,) if mixable or not self.mixing else (note, "nothing was mixed: inputs are no floating-point numbers")
+
+
+def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
+    """Every sample with some of another one mixed in: `(1 - a) x_i + a x_j`, `a` evenly from 0 to `most`.
+
+    Args:
+        batch: its floating-point tensors are mixed, those with samples along their first dimension; a tensor (samples, ...), or a tuple or
+            mapping of such.
+        most: the largest share of the other sample.
+        generator: draws shares and partners, on the CPU.
+
+    Example:
+        >>> mixed(torch.tensor([[0.0], [1.0]]), 0.0, torch.Generator()).tolist()
+        [[0.0], [1.0]]
+    """
+    count = sample_count(batch)
+    partner = torch.randperm(count, device="cpu", generator=generator)
+    share = most * torch.rand(count, device="cpu", generator=generator)
+
+    def mix(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() == 0 or x.shape[0] != count:
+            return x
+        return x.lerp(x[partner.to(x.device)], share.to(x).view(-1, *([1] * (x.dim() - 1))))
+
+    return map_tensors(batch, mix)
+
+
+class _Tuning:
+    """The parameters, and how they are trained."""
+
+    def __init__(self, models: Models, parts: Sequence[Batch], settings: BiasTuning, judge: Judge) -> None:
+        self._models, self._parts, self._settings, self._judge = models, parts, settings, judge
+        norms = _norms(models.quantized) if settings.norm_biases else []
+        modules = [*(norm for norm, _ in norms), *(item.quantized for item in models.layers)]
+        spreads = _spreads(models.quantized, modules, parts[0], settings.batch_samples)
+        self._layers = [TunedLayer(item, with_steps=settings.step_rate > 0) for item in models.layers]
+        biases = [(layer.bias, spreads[layer.item.quantized]) for layer in self._layers] + [(bias, spreads[norm]) for norm, bias in norms]
+        self._groups: list[tuple[Tensor, float]] = [(bias, settings.bias_rate * spread) for bias, spread in biases]
+        self._groups += [(step, settings.step_rate) for layer in self._layers for step in layer.steps]
+        self._parameters = [parameter for parameter, _ in self._groups]
+
+    def obstacle(self) -> str:
+        """Why the model's outputs have no gradient for the parameters; empty if they do."""
+        few = select_samples(self._parts[0], torch.arange(min(2, sample_count(self._parts[0]))))
+        try:
+            with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
+                self._loss(few).backward(inputs=self._parameters)
+        except RuntimeError as error:  # torch's, or the model's own, which may do what has no gradient
+            return str(error)
+        return ""
+
+    def run_(self, seed: int) -> str:
+        """Train, and leave the best state in the quantized model; what became of it in words."""
+        settings, generator = self._settings, generator_for(seed, "bias tuning")
+        first = least = self._judge.loss_of(self._models.quantized)
+        best, best_epoch, epoch = self._values(), 0, 0
+        with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
+            optimizer = settings.optimizer.over(self._groups)
+            steps = settings.epochs * sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(min(k / steps, 1.0)))
+            for epoch in range(1, settings.epochs + 1):
+                for batch in _shuffled(self._parts, settings.batch_samples, generator):
+                    optimizer.zero_grad()
+                    loss = self._loss(self._changed(batch, generator))
+                    if loss.requires_grad:  # not where a batch reaches no layer that is trained
+                        loss.backward(inputs=self._parameters)
+                        optimizer.step()
+                    schedule.step()
+                reached = self._judge.loss_of(self._models.quantized)
+                if reached < least:
+                    least, best, best_epoch = reached, self._values(), epoch
+                if epoch - best_epoch >= settings.patience:
+                    break
+        self._restore_(best)
+        if best_epoch:
+            for tuned in self._layers:
+                tuned.item.quantized.assign_(tuned.state())
+        named = f"{type(settings.stop_by).__name__} {first:.4g} -> {least:.4g}"
+        return f"best after {best_epoch} of {epoch} epochs, {named}" if best_epoch else f"nothing better found in {epoch} epochs, {named}"
+
+    @torch.no_grad()
+    def _changed(self, batch: Batch, generator: torch.Generator) -> Batch:
+        batch = self._settings.augment(batch, generator) if self._settings.augment else batch
+        return mixed(batch, self._settings.mixing, generator) if self._settings.mixing else batch
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with torch.no_grad():
+            reference = call(self._models.original, batch)
+        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss)
+        return above / below.clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _values(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters]
+
+    @torch.no_grad()
+    def _restore_(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self._parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _fit_parts(model: nn.Module, data: CalibrationSet) -> tuple[Batch, ...]:
+    """The samples that are not held out, in one batch where they fit together; none if the model does not run on a part of a batch."""
+    parts = [select_samples(batch, ~mask) for batch, mask in zip(data.batches, data.held_out, strict=True) if not bool(mask.all())]
+    try:
+        with torch.no_grad():
+            call(model, parts[0])
+    except Exception:  # noqa: BLE001 - whatever a user's model says to another batch size
+        return ()
+    return joined(parts)
+
+
+def _shuffled(parts: Sequence[Batch], most: int, generator: torch.Generator) -> Iterator[Batch]:
+    """All samples once, in random order, parts of batches in random order."""
+    for index in torch.randperm(len(parts), device="cpu", generator=generator).tolist():
+        for chosen in torch.randperm(sample_count(parts[index]), device="cpu", generator=generator).split(most):
+            yield select_samples(parts[index], chosen)
+
+
+def _norms(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
+    """Norm layers that have a bias, with their biases."""
+    kinds = (nn.LayerNorm, nn.GroupNorm, _NormBase)
+    return [(module, module.bias) for module in model.modules() if isinstance(module, kinds) and isinstance(module.bias, Tensor)]
+
+
+@torch.no_grad()
+def _spreads(model: nn.Module, modules: Sequence[nn.Module], part: Batch, samples: int) -> dict[nn.Module, float]:
+    """The standard deviation of what each module returns for a few samples; of a module that is not called, 1."""
+    spreads = dict.fromkeys(modules, 1.0)
+
+    def note(module: nn.Module, args: object, output: Tensor) -> None:
+        spreads[module] = float(output.std(correction=0))
+
+    handles = [module.register_forward_hook(note) for module in modules]
+    try:
+        call(model, select_samples(part, torch.arange(min(samples, sample_count(part)))))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return spreads
+
+
+@contextlib.contextmanager
+def _with_gradients(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients are taken for the parameters; afterwards each is as it was."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_()
+    try:
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+            parameter.grad = None
