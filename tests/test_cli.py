@@ -282,6 +282,28 @@ def test_evaluate_with_and_without_labels_and_packed_file(run: Run, folder: Path
     assert again.data["float_top1"] == both["float_top1"]
 
 
+def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) -> None:
+    budget = "--average-bits 4 --activation-choices 8 --pin head=8 --rounding-only"
+    done = run(f"{QUANTIZE} {budget} --out run/ --json")
+    assert done.code == 0, done.err
+    answer = json.loads(done.out)
+    assert (
+        (folder / "run" / "model.subbyte.safetensors").stat().st_size == answer["size_bytes"] == answer["plan"]["allocation"]["size_bytes"]
+    )
+    assert allocation["average_bits"] <= 4 and allocation["options"]["head"] == [8, 8]
+    solved = json.loads(run("solve run/ --average-bits 3 --json").out)
+    assert solved["average_bits"] <= 3 and solved["size_bytes"] < answer["size_bytes"] and solved["status"] == "optimal"
+    assert "proved optimal" in run("solve run --average-bits 3").out
+    points = json.loads(run("solve run --frontier --json").out)["frontier"]
+    assert [p["size_bytes"] for p in points] == sorted(p["size_bytes"] for p in points)
+    limit = points[len(points) // 2]["predicted"] * 1.000001
+    assert json.loads(run(f"solve run --max-predicted {limit} --json").out)["predicted"] <= limit
+    again = run(f"{QUANTIZE} --average-bits 3 --activation-choices 8 --pin head=8 --rounding-only --out run --force --json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["size_bytes"] == solved["size_bytes"]
+    assert run("solve run").code == 2
+
+
 BAD = [
     (2, "quantize", "Missing option"),
     (2, "nonsense", "No such command"),
@@ -290,6 +312,13 @@ BAD = [
     (2, f"{QUANTIZE} --out a.st --weight-bits four", "--weight-bits"),
     (2, f"{QUANTIZE} --out a.st --activation-bits few", "--activation-bits.*'few'"),
     (2, f"{QUANTIZE} --out a.st --activation-bits 1", "activation_bits.*2 to 8"),
+    (2, f"{QUANTIZE} --out a.st --size 12", "share of the float model's bytes"),
+    (2, f"{QUANTIZE} --out a.st --size 0.5 --weight-bits 4", "a budget chooses the widths"),
+    (2, f"{QUANTIZE} --out a.st --size 0.5 --weight-choices 4,many", "--weight-choices.*'many'"),
+    (2, f"{QUANTIZE} --out a.st --minimize speed --size 0.5", "--minimize"),
+    (2, f"{QUANTIZE} --out a.st --bytes 10", "no allocation has bytes within 10; the least is"),
+    (5, f"{QUANTIZE} --size 0.9 --out missing/run/", "cannot make the folder 'missing/run'"),
+    (5, "solve images --size 0.1", "holds no 'market.json'"),
     (2, f"{QUANTIZE} --out a.st --keep-8bit stemm", "stemm.*stem, block.grouped, head"),
     (2, f"{QUANTIZE} --out a.st --pin stem", "NAME=W"),
     (2, f"{QUANTIZE} --out a.st --pin stem=none", "--exclude"),

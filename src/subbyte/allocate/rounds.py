@@ -3,22 +3,25 @@
 The prediction adds up layers that were measured alone. How far it is from the truth depends on the widths, so it is corrected where it
 is used: solve for a predicted degradation `rhs`, assemble, measure, and move `rhs` to where the measured value should meet the limit. With
 `v` the measured value over its limit (the largest, of several), `log v` is interpolated over `log rhs` between the nearest `rhs` that
-met the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`.
+met the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`. Measured values scatter around their
+trend, so that a miss does not prove that nothing smaller would meet the limit: the rounds that are left try a little beyond.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from subbyte.allocate.allocation import Allocation
+from subbyte.allocate.allocation import DEGRADATION, Allocation
 from subbyte.errors import InfeasibleError
 
 Assembled = TypeVar("Assembled")
 
-CLOSE = 0.003  # sizes that differ by less than this share are not worth another round
+CLOSE = 0.015  # values that differ by less than this share are taken to be neighbours
+BEYOND = (1.25, 1.6, 2.0)  # times the predicted degradation of the nearest miss: what is tried beyond it
+MOST_REPEATS = 16
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
 
 
@@ -105,39 +108,30 @@ def hold(
     """
     done: list[Round] = []
     best: tuple[Round, Assembled] | None = None
-    search = _Search()
-    rhs = start
-    for _ in range(rounds):
-        allocation = _solved(solve, rhs, search)
-        if any(allocation.options == earlier.allocation.options for earlier in done):
-            rhs = search.after_repeat(allocation.predicted)
-            if rhs is None:
-                break
-            continue
-        assembled = assemble(allocation)
-        measured = dict(measure(assembled))
-        here = Round(allocation, measured, excess_of(measured, limits))
-        done.append(here)
-        if best is None or _better(here, best[0]):
-            best = (here, assembled)
-        if rhs is None:
-            break
-        rhs = search.next(here)
+    least, rhs, repeats = 0.0, start, 0
+    while len(done) < rounds and repeats < MOST_REPEATS:
+        try:
+            allocation = solve(rhs)
+        except InfeasibleError as error:
+            if error.limit != DEGRADATION or error.nearest is None:
+                raise
+            rhs = least = error.nearest * (1 + 1e-9) + 1e-300
+            allocation = solve(least)
+        if rhs is not None and any(allocation.options == earlier.allocation.options for earlier in done):
+            repeats += 1
+            rhs = _after_repeat(done, rhs)
+        else:
+            assembled = assemble(allocation)
+            measured = dict(measure(assembled))
+            here = Round(allocation, measured, excess_of(measured, limits))
+            done.append(here)
+            if best is None or _better(here, best[0]):
+                best = (here, assembled)
+            rhs = None if rhs is None else _next(done, least)
         if rhs is None:
             break
     assert best is not None
     return Held(best[1], best[0], tuple(done))
-
-
-def _solved(solve: Callable[[float | None], Allocation], rhs: float | None, search: _Search) -> Allocation:
-    """The allocation for a right-hand side; where that is below what any allocation has, the one with the least."""
-    try:
-        return solve(rhs)
-    except InfeasibleError as error:
-        if error.limit != "degradation" or error.nearest is None:
-            raise
-        search.least = error.nearest * (1 + 1e-9) + 1e-300
-        return solve(search.least)
 
 
 def _better(here: Round, there: Round) -> bool:
@@ -148,43 +142,52 @@ def _better(here: Round, there: Round) -> bool:
     return here.excess < there.excess
 
 
-class _Search:
-    """Where the measured value meets the limit, on the axis of predicted degradation."""
+def _sides(done: Sequence[Round]) -> tuple[Round | None, list[Round]]:
+    """The round that met the limits with the most predicted degradation, and those that missed them with more, by predicted degradation."""
+    met = max((one for one in done if one.met), key=lambda one: one.allocation.predicted, default=None)
+    least = -math.inf if met is None else met.allocation.predicted
+    missed = [one for one in done if not one.met and one.allocation.predicted > least]
+    return met, sorted(missed, key=lambda one: one.allocation.predicted)
 
-    def __init__(self) -> None:
-        self.met: Round | None = None
-        self.missed: Round | None = None
-        self.least = 0.0
 
-    def next(self, here: Round) -> float | None:
-        """The right-hand side of the next round, or None if none is worth it."""
-        predicted = here.allocation.predicted
-        if here.met and (self.met is None or predicted > self.met.allocation.predicted):
-            self.met = here
-        if not here.met and (self.missed is None or predicted < self.missed.allocation.predicted):
-            self.missed = here
-        met, missed = self.met, self.missed
-        if missed is not None and missed.allocation.predicted <= self.least * (1 + 1e-6):
+def _next(done: Sequence[Round], least: float) -> float | None:
+    """The right-hand side of the next round, or None if none is worth it; `least` is the smallest that any allocation has, if known."""
+    met, missed = _sides(done)
+    if met is None:
+        nearest = missed[0]
+        predicted = nearest.allocation.predicted
+        if predicted <= least * (1 + 1e-6):
             return None  # nothing has less degradation than what missed
-        if met is not None and missed is not None:
-            if met.allocation.predicted >= missed.allocation.predicted:
-                return None  # noise: more predicted degradation met the limit, less missed it
-            values = met.allocation.value, missed.allocation.value
-            return None if values[0] - values[1] <= CLOSE * values[0] else self._between(met, missed)
-        if missed is not None:
-            return predicted * max(0.1, min(0.8, AIM / max(missed.excess, 1e-12))) if math.isfinite(missed.excess) else predicted * 0.25
-        return predicted * min(8.0, max(1.25, AIM / max(here.excess, 1e-12)))
+        return predicted * (max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25)
+    if not missed:
+        return met.allocation.predicted * min(8.0, max(1.25, AIM / max(met.excess, 1e-12)))
+    nearest = missed[0]
+    if met.allocation.value - nearest.allocation.value > CLOSE * abs(met.allocation.value):
+        return _between(met, nearest)
+    return _beyond(missed)
 
-    def after_repeat(self, predicted: float) -> float | None:
-        """The right-hand side after an allocation that was tried already: nothing lies between, or a step beyond."""
-        if self.met is not None and self.missed is not None:
-            return None
-        return None if self.met is None else predicted * 2.0
 
-    @staticmethod
-    def _between(met: Round, missed: Round) -> float:
-        low, high = math.log(max(met.allocation.predicted, 1e-300)), math.log(missed.allocation.predicted)
-        share = 0.5
-        if 0 < met.excess < 1 < missed.excess < math.inf:
-            share = (math.log(AIM) - math.log(met.excess)) / (math.log(missed.excess) - math.log(met.excess))
-        return math.exp(low + min(0.85, max(0.15, share)) * (high - low))
+def _after_repeat(done: Sequence[Round], rhs: float) -> float | None:
+    """The right-hand side after one whose allocation was tried already."""
+    met, missed = _sides(done)
+    if met is not None and not missed:
+        return rhs * 1.5
+    return _beyond([one for one in missed if one.allocation.predicted >= rhs / max(BEYOND)] or missed, above=rhs)
+
+
+def _beyond(missed: Sequence[Round], above: float = 0.0) -> float | None:
+    """A right-hand side a little above the nearest miss, where none was tried yet."""
+    tried = [one.allocation.predicted for one in missed]
+    for factor in BEYOND:
+        rhs = tried[0] * factor
+        if rhs > above * (1 + 1e-9) and not any(0.9 * rhs < other <= rhs for other in tried):
+            return rhs
+    return None
+
+
+def _between(met: Round, missed: Round) -> float:
+    low, high = math.log(max(met.allocation.predicted, 1e-300)), math.log(missed.allocation.predicted)
+    share = 0.5
+    if 0 < met.excess < 1 < missed.excess < math.inf:
+        share = (math.log(AIM) - math.log(met.excess)) / (math.log(missed.excess) - math.log(met.excess))
+    return math.exp(low + min(0.85, max(0.15, share)) * (high - low))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -119,4 +120,4 @@ def is_run_folder(out: str) -> bool:
         >>> is_run_folder("run/"), is_run_folder("net.subbyte.safetensors")
         (True, False)
     """
-    return out.endswith("/") or (Path(out) / ENTRIES).is_dir()
+    return out.endswith("/") or os.path.isdir(Path(out) / ENTRIES)

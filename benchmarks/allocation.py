@@ -1,0 +1,149 @@
+"""Budgets on the real networks: accuracy at equal bytes beside uniform widths and a greedy allocation, Fisher beside Measured, limits held.
+
+    python benchmarks/allocation.py accuracy resnet20 --seeds 0,1,2     # programme, greedy, uniform at 4, 3 and 2.5 bits on average
+    python benchmarks/allocation.py sensitivity resnet20                # rank correlation of Fisher with Measured, and their times
+    python benchmarks/allocation.py limits digits                       # 20 random limits on KL: met? how near the smallest size?
+
+Widths are the paper's relaxed ones, 2 to 8 bits, the input as wide as the weights; no layer is pinned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+import subbyte
+from subbyte import Bank, Budget, Fisher, KLDivergence, Measured, Recipe, RelativeSquaredError, Widths
+from subbyte.allocate.allocation import Market
+from subbyte.allocate.sensitivity import STAGE
+from subbyte.run.events import Event, StageFinished
+from subbyte.tasks import TASKS, Task
+from subbyte.widths import Option
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Budgets on the real networks.")
+    parser.add_argument("what", choices=("accuracy", "sensitivity", "limits"))
+    parser.add_argument("network", choices=sorted(TASKS))
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--bits", default="4,3,2.5")
+    parser.add_argument("--size", type=float, help="accuracy: this share of the float bytes in place of --bits")
+    parser.add_argument("--limits", type=int, default=20)
+    options = parser.parse_args()
+    for seed in map(int, options.seeds.split(",")):
+        task = TASKS[options.network](samples=options.samples, seed=seed)
+        if options.what == "accuracy":
+            budgets = [Budget(average_bits=float(bits)) for bits in options.bits.split(",")]
+            accuracy(task, [Budget(size=options.size)] if options.size else budgets, seed)
+        elif options.what == "sensitivity":
+            sensitivity(task)
+        else:
+            limits(task, options.limits, seed)
+
+
+def accuracy(task: Task, budgets: list[Budget], seed: int) -> None:
+    """Top-1 of the programme's allocation, of a greedy one from the same table, and of uniform widths."""
+    print(f"{task.name}, seed {seed}, float {task.score(task.model):.2f} %")
+    bank = Bank()
+    for budget in budgets:
+        result = subbyte.quantize(task.model, task.calibration, budget=budget, seed=seed, bank=bank)
+        assert result.plan is not None
+        told(task, "programme", result)
+        greedy = greedy_allocation(result.plan.market, result.size_bytes)
+        told(task, "greedy   ", quantized(task, greedy, seed, bank))
+        bits = int(result.plan.allocation.average_bits + 0.01)
+        told(task, f"uniform {bits}", quantized(task, dict.fromkeys(greedy, (bits, bits)), seed, bank))
+
+
+def quantized(task: Task, options: dict[str, Option], seed: int, bank: Bank) -> subbyte.Result:
+    return subbyte.quantize(task.model, task.calibration, widths=Widths(pinned=options), seed=seed, bank=bank)
+
+
+def told(task: Task, name: str, result: subbyte.Result) -> None:
+    line = f"  {name} {result.size_bytes:>9,} bytes ({result.size_bytes / result.float_bytes:.4f}): {task.score(result.model):.2f} %"
+    if result.plan is not None:
+        chosen = result.plan.allocation
+        line += f", {chosen.average_bits:.2f} bits, predicted {chosen.predicted:.4g}, measured {result.plan.measured_loss:.4g}"
+    print(line, flush=True)
+
+
+def greedy_allocation(market: Market, size_bytes: int) -> dict[str, Option]:
+    """From the widest options down: always the step that saves most bytes for the sensitivity that it adds, until the size is met."""
+    losses, costs = market.sensitivity.losses, market.costs
+    rows = {name: sorted(row, key=costs.layers[name].bytes) for name, row in market.options.items()}
+    at = {name: len(row) - 1 for name, row in rows.items()}
+    while costs.size_bytes({name: rows[name][k] for name, k in at.items()}) > size_bytes:
+        prices = {}
+        for name, k in at.items():
+            if k:
+                saved = costs.layers[name].bytes(rows[name][k]) - costs.layers[name].bytes(rows[name][k - 1])
+                prices[name] = (losses[name][rows[name][k - 1]] - losses[name][rows[name][k]]) / saved
+        at[min(prices, key=prices.__getitem__)] -= 1
+    return {name: rows[name][k] for name, k in at.items()}
+
+
+def sensitivity(task: Task) -> None:
+    """Fisher against Measured, on the same solutions, by two losses."""
+    bank, seconds = Bank(), list[float]()
+
+    def note(event: Event) -> None:
+        if isinstance(event, StageFinished) and event.stage == STAGE:
+            seconds.append(event.seconds)
+
+    with torch.no_grad():
+        forward = min(timed(task) for _ in range(3))
+    for loss in (KLDivergence(), RelativeSquaredError()):
+        tables = []
+        for method in (Fisher(), Measured()):
+            recipe = Recipe(sensitivity=method)
+            budget = Budget(size=0.2, loss=loss)
+            result = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=recipe, bank=bank, observer=note)
+            assert result.plan is not None
+            tables.append(np.array([list(row.values()) for row in result.plan.sensitivity.losses.values()]))
+        rank = spearmanr(tables[0].ravel(), tables[1].ravel()).statistic
+        layers, options = tables[0].shape
+        times = f"Fisher {seconds[-2]:.1f} s = {seconds[-2] / forward:.1f} forwards, Measured {seconds[-1]:.1f} s"
+        print(f"{task.name}, {type(loss).__name__}, {layers} layers x {options} options: Spearman {rank:.4f}; {times}", flush=True)
+
+
+def timed(task: Task) -> float:
+    started = time.perf_counter()
+    for batch in task.calibration.split(32):
+        task.model(batch)
+    return time.perf_counter() - started
+
+
+def limits(task: Task, count: int, seed: int) -> None:
+    """Random limits on the KL divergence: whether each is met as measured, and how the size compares with a sweep of the frontier."""
+    bank, chance = Bank(), np.random.default_rng(seed)
+    first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9), seed=seed, bank=bank)
+    assert first.plan is not None
+    sweep = []
+    recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out), loss=KLDivergence())
+    for point in first.plan.frontier(60):
+        fixed = subbyte.quantize(
+            task.model, task.calibration, widths=Widths(pinned=dict(point.options)), recipe=recipe, seed=seed, bank=bank
+        )
+        sweep.append((fixed.size_bytes, fixed.loss))
+    met, worst, rounds = 0, 0.0, []
+    reachable = [loss for _, loss in sweep]
+    for limit in np.exp(chance.uniform(np.log(min(reachable) * 1.1), np.log(max(reachable)), count)):
+        result = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=float(limit)), seed=seed, bank=bank)
+        assert result.plan is not None
+        value = next(one.measured["kl"] for one in result.plan.rounds if one.allocation.options == result.allocation)
+        smallest = min(size for size, loss in sweep if loss <= limit)
+        met += value <= limit
+        worst = max(worst, result.size_bytes / smallest - 1.0)
+        rounds.append(len(result.plan.rounds))
+        print(f"  kl <= {limit:.4g}: {value:.4g} at {result.size_bytes:,} bytes, sweep {smallest:,}, {rounds[-1]} rounds", flush=True)
+    print(f"{task.name}: {met} of {count} met; at most {100 * worst:.1f} % above the sweep's smallest; {np.mean(rounds):.1f} rounds each")
+
+
+if __name__ == "__main__":
+    main()
