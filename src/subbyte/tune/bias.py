@@ -53,7 +53,8 @@ class BiasTuning(Refinement):
         bias_rate: rate of the biases, in standard deviations of the layer's output.
         step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
         norm_biases: whether biases of norm layers (layer, group, instance and batch norms that are still there) are trained too.
-        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed.
+        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed, for inputs of
+            which no mixture makes sense. Integers, such as token ids, are never mixed.
         augment: changes batches before they are used, for example by flipping images; None: they are used as they are.
         patience: epochs without a better state after which it ends.
 
@@ -147,7 +148,7 @@ class _Tuning:
                     if loss.requires_grad:  # not where a batch reaches no layer that is trained
                         loss.backward(inputs=self._parameters)
                         optimizer.step()
-                    schedule.step()
+                        schedule.step()
                 reached = self._judge.loss_of(self._models.quantized)
                 if reached < least:
                     least, best, best_epoch = reached, self._values(), epoch
