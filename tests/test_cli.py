@@ -287,9 +287,8 @@ def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) ->
     done = run(f"{QUANTIZE} {budget} --out run/ --json")
     assert done.code == 0, done.err
     answer = json.loads(done.out)
-    assert (
-        (folder / "run" / "model.subbyte.safetensors").stat().st_size == answer["size_bytes"] == answer["plan"]["allocation"]["size_bytes"]
-    )
+    allocation, packed = answer["plan"]["allocation"], folder / "run" / "model.subbyte.safetensors"
+    assert packed.stat().st_size == answer["size_bytes"] == allocation["size_bytes"]
     assert allocation["average_bits"] <= 4 and allocation["options"]["head"] == [8, 8]
     solved = json.loads(run("solve run/ --average-bits 3 --json").out)
     assert solved["average_bits"] <= 3 and solved["size_bytes"] < answer["size_bytes"] and solved["status"] == "optimal"
