@@ -7,7 +7,9 @@ determine them, and they cost nothing: codes and steps stay what they are. Round
 The state that is best on held-out samples is kept.
 
 Samples that the float model was trained on make a poor teacher: it is sure of them, and its outputs say little. Where data may be mixed,
-convex combinations of two samples show it what it is not sure of, and it labels them as well as any other.
+convex combinations of two samples show it what it is not sure of, and it labels them as well as any other. That is worth little for the
+ResNet-20 of studies/tuning.py; changes that keep what a sample shows, such as mirrored images, are worth more, but only the user knows
+them.
 """
 
 from __future__ import annotations
