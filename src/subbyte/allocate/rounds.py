@@ -172,6 +172,8 @@ def _after_repeat(done: Sequence[Round], rhs: float) -> float | None:
     met, missed = _sides(done)
     if met is not None and not missed:
         return rhs * 1.5
+    if met is not None and 1.02 * rhs < missed[0].allocation.predicted:  # nothing between what met the limit and here: go on to the miss
+        return math.sqrt(rhs * missed[0].allocation.predicted)
     return _beyond([one for one in missed if one.allocation.predicted >= rhs / max(BEYOND)] or missed, above=rhs)
 
 
