@@ -188,8 +188,8 @@ def test_quantize_as_json(run: Run, folder: Path) -> None:
     assert data["widths"]["activation_bits"] is None and data["layers"][0]["activation_bits"] is None
 
 
-def test_rounding_only_rounds(run: Run) -> None:
-    done = run(f"{QUANTIZE} --rounding-only --weight-bits 4 --json --out a.st")
+def test_the_recipe_rounding_rounds(run: Run) -> None:
+    done = run(f"{QUANTIZE} --recipe rounding --weight-bits 4 --json --out a.st")
     assert {layer["solver"] for layer in done.data["layers"]} == {"RoundToNearest"}
     assert done.data["recipe"] == {
         "solver": "RoundToNearest",
@@ -288,7 +288,7 @@ def test_evaluate_with_and_without_labels_and_packed_file(run: Run, folder: Path
 
 
 def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) -> None:
-    budget = "--average-bits 4 --activation-choices 8 --pin head=8 --rounding-only"
+    budget = "--average-bits 4 --activation-choices 8 --pin head=8 --recipe rounding"
     done = run(f"{QUANTIZE} {budget} --out run/ --json")
     assert done.code == 0, done.err
     answer = json.loads(done.out)
@@ -302,7 +302,7 @@ def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) ->
     assert [p["size_bytes"] for p in points] == sorted(p["size_bytes"] for p in points)
     limit = points[len(points) // 2]["predicted"] * 1.000001
     assert json.loads(run(f"solve run --max-predicted {limit} --json").out)["predicted"] <= limit
-    again = run(f"{QUANTIZE} --average-bits 3 --activation-choices 8 --pin head=8 --rounding-only --out run --force --json")
+    again = run(f"{QUANTIZE} --average-bits 3 --activation-choices 8 --pin head=8 --recipe rounding --out run --force --json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["size_bytes"] == solved["size_bytes"]
     assert run("solve run").code == 2
@@ -476,3 +476,20 @@ def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> Non
     refused = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --json")
     assert refused.code == 5 and "exists" in refused.data["error"]["message"]
     assert run("export --model net.py:Plain --data data.npz --packed a.st --out b.onnx --target openvino --compact").code == 2
+
+
+@pytest.mark.parametrize("name", ["light", "advanced", "relaxed"])
+def test_recipes_by_name(run: Run, name: str) -> None:
+    done = run(f"{QUANTIZE} --recipe {name} --weight-bits 4 --json --out a.st")
+    assert done.code == 0, done.err
+    wanted = ["BatchNormTuning"] if name == "light" else ["BatchNormTuning", "BiasTuning"]
+    assert done.data["recipe"]["refinements"] == wanted
+    assert done.data["loss"] <= done.data["measured"]["loss"]
+
+
+def test_the_recipe_s_choices_are_a_budget_s_unless_given(run: Run) -> None:
+    done = run(f"{QUANTIZE} --recipe advanced --average-bits 6 --json --out a.st")
+    assert done.code == 0, done.err
+    assert {layer["weight_bits"] for layer in done.data["layers"]} <= {4, 8}
+    done = run(f"{QUANTIZE} --recipe advanced --average-bits 6 --weight-choices 5,6 --json --out b.st")
+    assert {layer["weight_bits"] for layer in done.data["layers"]} <= {5, 6}

@@ -1,18 +1,45 @@
-"""The table in docs/results.md is the one that the benchmark prints for its recorded rows."""
+"""The tables in docs/results.md are those that the benchmarks print for their recorded rows."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_the_main_job_is_that_of_its_rows() -> None:
-    spec = importlib.util.spec_from_file_location("main_job", ROOT / "benchmarks" / "main_job.py")
+def benchmark(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
-    rows = json.loads((ROOT / "docs" / "results" / "main_job.json").read_text(encoding="utf-8"))["rows"]
-    assert module.table(rows) in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    return module
+
+
+def rows(name: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    return found
+
+
+def test_the_table_of_the_main_job_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark("main_job", monkeypatch).table(rows("main_job")) in RESULTS
+
+
+def test_the_tables_of_the_recipes_are_those_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = benchmark("recipes", monkeypatch)
+    assert module.recipes_table(rows("recipes")) in RESULTS
+    assert module.steps_table(rows("recipes")) in RESULTS
+
+
+def test_no_recorded_step_of_a_recipe_made_the_held_out_loss_worse() -> None:
+    for row in rows("recipes"):
+        losses = [step["loss"] for step in row["steps"]]
+        assert losses == sorted(losses, reverse=True), (row["network"], row["recipe"], row["seed"])

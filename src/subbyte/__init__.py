@@ -2,6 +2,7 @@
 
 from subbyte.allocate.fisher import Fisher
 from subbyte.allocate.measured import Measured
+from subbyte.allocate.own_loss import OwnLoss
 from subbyte.budget import Budget
 from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.adaround import AdaRound
@@ -61,6 +62,7 @@ __all__ = [
     "OpenVINOCPU",
     "OptionError",
     "OutputLoss",
+    "OwnLoss",
     "Percentile",
     "Range",
     "Recipe",

@@ -165,7 +165,7 @@ def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assemble
     if missed and not budget.best_effort:
         name, value = next(iter(missed.items()))
         raise InfeasibleError(name, limits[name], value, f"as measured on {judge.held_out_samples} held-out samples")
-    measured_loss = replace(judge, loss=loss).loss_of(held.assembled.models.quantized)
+    measured_loss = assembler.recipe.sensitivity.of_whole(judge, loss, assembler.original, held.assembled.models.quantized)
     return held.assembled, Plan(budget, market, held.kept.allocation, held.rounds, measured_loss, missed)
 
 

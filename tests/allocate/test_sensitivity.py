@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from subbyte import Fisher, KLDivergence, LayerError, Measured, ModelError, OptionError, OutputLoss, RelativeSquaredError
+from subbyte import Fisher, KLDivergence, LayerError, Measured, ModelError, OptionError, OutputLoss, OwnLoss, RelativeSquaredError
 from subbyte.allocate.sensitivity import Sensitivity, SensitivityMethod, sensitivity_of
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.loss import Disagreement, measure
@@ -45,6 +45,29 @@ def test_measured_is_what_a_naive_loop_finds(network: Case, loss: OutputLoss, re
             replace_module_(changed, old, new)
             expected = measure(changed, batches, references, loss)
             assert found.losses[item.layer.name][option] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+
+
+def test_a_loss_of_the_users_own_is_asked_for_each_option(network: Case) -> None:
+    batch = network.data.batches[0]
+    with torch.no_grad():
+        labels = call(network.models.original, batch)
+        wanted = (labels["logits"] if isinstance(labels, dict) else labels).argmax(dim=-1)
+
+    def cross_entropy(model: nn.Module) -> float:
+        with torch.no_grad():
+            output = call(model, batch)
+        return float(nn.functional.cross_entropy(output["logits"] if isinstance(output, dict) else output, wanted))
+
+    found = table(network, OwnLoss(cross_entropy), KLDivergence())
+    assert found.loss_name == "cross_entropy"
+    start = cross_entropy(network.models.original)
+    for item in network.models.layers:
+        changed = copy.deepcopy(network.models.original)
+        old = changed.get_submodule(item.layer.name)
+        new = QuantizedLayer(old, item.layer.operator)
+        new.assign_(state_of(at_option(item, (3, 3)), network.solved[item.layer.name][(3, 3)].solution))
+        replace_module_(changed, old, new)
+        assert found.losses[item.layer.name][(3, 3)] == pytest.approx(cross_entropy(changed) - start, abs=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)

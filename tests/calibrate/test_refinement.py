@@ -15,7 +15,7 @@ from subbyte.calibrate.models import Models
 from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.run.events import Event, Observer, StageFinished, StageStarted
 
-REFINEMENTS = (Blockwise(iterations=60, checks=4), Networkwise(iterations=60, checks=4))
+REFINEMENTS = (Blockwise(iterations=60, checks=4), Networkwise(iterations=150, mixing=0.0))
 refinements = pytest.mark.parametrize("refinement", REFINEMENTS, ids=lambda refinement: refinement.name)
 
 
@@ -180,20 +180,39 @@ def test_what_does_not_help_is_taken_back_to_the_bit(by: float) -> None:
 
 
 def test_refinements_follow_each_other_from_what_was_kept() -> None:
-    result = run(Spoiling(0.5), Networkwise(iterations=60), Spoiling(0.1))
+    result = run(Spoiling(0.5), Networkwise(iterations=150, mixing=0.0), Spoiling(0.1))
     first, second, third = result.refinements
     assert (first.kept, second.kept, third.kept) == (False, True, False)
     assert second.start_loss == first.start_loss and third.start_loss == second.loss == result.loss
 
 
-@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"weight_rate": -1.0}, {"checks": 0}, {"batch_samples": 0}], ids=str)
+@pytest.mark.parametrize("wrong", [{"iterations": 0}, {"weight_rate": -1.0}, {"batch_samples": 0}], ids=str)
 @pytest.mark.parametrize("kind", [Blockwise, Networkwise])
 def test_impossible_settings_are_refused(kind: type[Refinement], wrong: dict[str, float]) -> None:
     with pytest.raises(subbyte.OptionError, match="positive counts"):
         kind(**wrong)
 
 
+@refinements
+def test_a_model_without_gradients_is_left_as_it_was(refinement: Refinement) -> None:
+    class Detached(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    result = run(refinement, model=Detached().eval())
+    assert result.loss == result.measured.loss
+
+
+@refinements
+def test_it_works_in_inference_mode_too(refinement: Refinement) -> None:
+    with torch.inference_mode():
+        result = run(refinement)
+    assert result.refinements[0].kept
+
+
 def test_what_is_read_of_layers_counts_and_what_is_clipped_does_not() -> None:
     """The layers' share changes what is found: it is not only the outputs that are fitted."""
-    with_layers, without = run(Networkwise(iterations=60)), run(Networkwise(iterations=60, layer_share=0.0))
+    with_layers, without = run(Networkwise(iterations=150, mixing=0.0)), run(Networkwise(iterations=150, mixing=0.0, layer_share=0.0))
     assert not torch.equal(with_layers.model(data()), without.model(data()))

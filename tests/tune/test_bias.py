@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import subbyte
 from subbyte import BiasTuning, CosineDistance, KLDivergence, OptionError, OutputLoss, Recipe, RelativeSquaredError, Widths
+from subbyte.calibrate.fit_samples import mixed
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
@@ -23,7 +24,6 @@ from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
 from subbyte.run.bank import Bank
 from subbyte.run.events import Event, StageFinished, StageStarted, ignore
-from subbyte.tune.bias import mixed
 from subbyte.tune.optimizer import SGD, Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
 

@@ -20,7 +20,7 @@ from subbyte.errors import InfeasibleError
 Assembled = TypeVar("Assembled")
 
 CLOSE = 0.015  # values that differ by less than this share are taken to be neighbours
-BEYOND = (1.25, 1.6, 2.0)  # times the predicted degradation of the nearest miss: what is tried beyond it
+BEYOND = (1.25, 1.6, 2.2, 3.0, 4.5, 7.0)  # times the predicted degradation of the nearest miss: what is tried beyond it
 MOST_REPEATS = 16
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
 
@@ -172,6 +172,8 @@ def _after_repeat(done: Sequence[Round], rhs: float) -> float | None:
     met, missed = _sides(done)
     if met is not None and not missed:
         return rhs * 1.5
+    if met is not None and 1.02 * rhs < missed[0].allocation.predicted:  # nothing between what met the limit and here: go on to the miss
+        return math.sqrt(rhs * missed[0].allocation.predicted)
     return _beyond([one for one in missed if one.allocation.predicted >= rhs / max(BEYOND)] or missed, above=rhs)
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.loss import OutputLoss
 from subbyte.calibrate.models import CalibratedLayer, Models, at_option, state_of
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError
 from subbyte.model.batches import Batch
 from subbyte.model.quantized_layer import QuantizedState
@@ -154,6 +155,33 @@ class SensitivityMethod(ABC):
         """What a receipt calls this method."""
         return type(self).__name__
 
+    def parts(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """What `share` is called with, one after the other; their shares add up to the table.
+
+        Args:
+            batches: of the calibration set.
+        """
+        return batches
+
+    def loss_name(self, loss: OutputLoss) -> str:
+        """What the table's losses are.
+
+        Args:
+            loss: that was asked for.
+        """
+        return type(loss).__name__
+
+    def of_whole(self, judge: Judge, loss: OutputLoss, original: nn.Module, quantized: nn.Module) -> float:
+        """The same loss of a whole quantized model, to stand beside what the table predicts.
+
+        Args:
+            judge: the held-out samples.
+            loss: that was asked for.
+            original: float model.
+            quantized: the model to measure.
+        """
+        return replace(judge, loss=loss).loss_of(quantized)
+
     @abstractmethod
     def share(
         self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
@@ -197,10 +225,11 @@ def sensitivity_of(
         for item in models.layers
     ]
     options = {layer.item.layer.name: tuple(layer.states) for layer in layers}
-    observer(StageStarted(STAGE, len(data.batches)))
+    parts = method.parts(data.batches)
+    observer(StageStarted(STAGE, len(parts)))
     above = {name: torch.zeros(len(row), dtype=torch.float64) for name, row in options.items()}
     below = 0.0
-    for index, batch in enumerate(data.batches):
+    for index, batch in enumerate(parts):
         key = digest("sensitivity", kept.run, options, method, loss, index)
         entry = kept.bank.get(key)
         if entry is None:
@@ -214,4 +243,4 @@ def sensitivity_of(
         observer(StepDone(STAGE))
     observer(StageFinished(STAGE, time.perf_counter() - started))
     losses = {name: dict(zip(options[name], (above[name] / max(below, 1e-300)).tolist(), strict=True)) for name in options}
-    return Sensitivity(losses, type(loss).__name__, method.name)
+    return Sensitivity(losses, method.loss_name(loss), method.name)

@@ -233,7 +233,10 @@ def _refine_(
     held, fit = held or fit, fit or held
     before = {name: solutions[name] for name in block.layers}
     start_error = _error(models.quantized, block, held)
-    trained = _Training(models, block, items, before, settings).run(fit, held, start_error, generator_for(seed, f"refine {block.name}"))
+    training = _Training(models, block, items, before, settings)
+    trained = training.run(fit, held, start_error, generator_for(seed, f"refine {block.name}"))
+    if training.obstacle:
+        return RefinedBlock(block.name, block.layers, start_error, torch.nan, training.obstacle), {}
     assign_(models, trained)
     error = _error(models.quantized, block, held) if trained else torch.inf
     if not error < start_error:
@@ -262,6 +265,7 @@ class _Training:
         self, models: Models, block: Block, items: Sequence[CalibratedLayer], start: Mapping[str, LayerSolution], settings: Blockwise
     ) -> None:
         self.model, self.block, self.items, self.start, self.settings = models.quantized, block, items, start, settings
+        self.obstacle = ""
 
     @torch.enable_grad()
     def run(self, fit: Sequence[_Part], held: Sequence[_Part], start_error: float, generator: torch.Generator) -> dict[str, LayerSolution]:
@@ -287,6 +291,9 @@ class _Training:
                 optimizer.zero_grad()
                 outputs = _floats(self.block.run(self.model, some.arguments))
                 loss = torch.stack([(a - b).square().mean() for a, b in zip(outputs, some.targets, strict=True)]).sum() / scale
+                if not loss.requires_grad:
+                    self.obstacle = "its outputs have no gradient"
+                    break
                 loss.backward(inputs=parameters)
                 optimizer.step()
                 schedule.step()
@@ -326,5 +333,5 @@ class _Training:
             start = self.start[name]
             spread = spreads[name].expand(start.scale.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
-            layers[name] = TrainableLayer(item, parameters, generator, self.settings.float_share)
+            layers[name] = TrainableLayer(item, parameters, self.settings.float_share, generator)
         return layers

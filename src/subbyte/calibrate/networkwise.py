@@ -4,15 +4,18 @@
         e(model(x), model^(x)) + share * mean over layers l of e(y_l, y^_l),       e(a, b) = ||a - b||^2 / ||a - mean a||^2
 
 `y_l` is what the model reads of a layer's output, behind its ReLU. The outputs alone would be fitted by heart on a few hundred samples; the
-layers in between give every sample as many targets as there are activations.
+layers in between give every sample as many targets as there are activations, and mixing samples with each other gives more of them.
 
-Parameters, units and gradients are AdaQuant's, the model takes the place of the layer. A gradient step keeps what the batch makes of every
-layer in memory, unlike everything else in this package: `batch_samples` bounds it.
+Parameters, units and gradients are AdaQuant's, the model takes the place of the layer. The rates fall to nothing, and the last iterate is
+taken: which of the earlier ones is best on a few dozen held-out samples is mostly chance. Those judge the refinement as a whole.
+
+A gradient step keeps what the batch makes of every layer in memory, unlike the layers' own calibration: `batch_samples` bounds it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from subbyte.calibrate.fit_samples import fit_parts, mixed, shuffled
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.joint import JointParameters, adam, half_cosine
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
@@ -28,7 +32,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, joined, sample_count, select_samples, tensors
+from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 
@@ -44,14 +48,14 @@ class Networkwise(Refinement):
         weight_step_rate: for weight steps, as a share of themselves.
         activation_rate: for input steps as a share of themselves, and zero-points in codes.
         layer_share: weight of the layers' errors beside the error of the model's outputs.
-        checks: how often held-out samples are looked at, evenly over the iterations.
+        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed.
 
     Raises:
         OptionError: if a value is outside its range.
 
     Source:
         Network reconstruction: BRECQ (Li et al. 2021, arXiv 2102.05426), section 3.2; the layers' outputs as hints: FitNets (Romero et al.
-        2014, arXiv 1412.6550).
+        2014, arXiv 1412.6550); mixing: mixup (Zhang et al. 2018, arXiv 1710.09412), here without labels.
 
     Example:
         >>> Networkwise(iterations=200).batch_samples
@@ -65,12 +69,12 @@ class Networkwise(Refinement):
     weight_step_rate: float = 5e-3
     activation_rate: float = 5e-3
     layer_share: float = 1.0
-    checks: int = 10
+    mixing: float = 1.0
 
     def __post_init__(self) -> None:
         rates = (self.weight_rate, self.bias_rate, self.weight_step_rate, self.activation_rate, self.layer_share)
-        if min(self.iterations, self.batch_samples, self.checks) < 1 or min(rates) < 0:
-            raise OptionError(f"Networkwise needs positive counts and no negative rate or share, not {self}")
+        if min(self.iterations, self.batch_samples) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1:
+            raise OptionError(f"Networkwise needs positive counts, no negative rate or share and mixing from 0 to 1, not {self}")
 
     def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
@@ -80,12 +84,12 @@ class Networkwise(Refinement):
             data: see there; samples of different batches are mixed where the batches fit together.
             observer: is told when it starts and ends.
         """
+        parts = fit_parts(models.original, data)
+        if not parts:
+            return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
         started = time.perf_counter()
         observer(StageStarted(self.name))
-        masks = zip(data.batches, data.held_out, strict=True)
-        parts = [(select_samples(batch, ~mask), select_samples(batch, mask)) for batch, mask in masks]
-        fit, held = (joined([batch for batch in side if sample_count(batch)]) for side in zip(*parts, strict=True))
-        note = _Training(models, self, data.seed).run_(fit or held, held or fit)
+        note = _Training(models, self).run_(parts, generator_for(data.seed, self.name))
         observer(StageFinished(self.name, time.perf_counter() - started))
         return (note,)
 
@@ -93,48 +97,34 @@ class Networkwise(Refinement):
 class _Training:
     """The quantized layers of a model, with parameters in their place."""
 
-    def __init__(self, models: Models, settings: Networkwise, seed: int) -> None:
+    def __init__(self, models: Models, settings: Networkwise) -> None:
         self.models, self.settings = models, settings
-        device = models.layers[0].float_weight().device
-        self.generator = torch.Generator(device).manual_seed(generator_for(seed, settings.name).initial_seed())
 
-    @torch.enable_grad()
-    def run_(self, fit: Sequence[Batch], held: Sequence[Batch]) -> str:
-        """Give the quantized model the best solutions found; say what became of the error on held-out samples."""
+    def run_(self, parts: Sequence[Batch], generator: torch.Generator) -> str:
+        """Give the quantized model what is found last; say what became of the error."""
         settings = self.settings
-        layers = self._trainable(next(self._cut(fit[0])))
-        start = self._judge(held)
-        optimizer = adam([layer.parameters for layer in layers], settings)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(k / settings.iterations))
-        parameters = [tensor for layer in layers for tensor in layer.parameters.tensors]
-        shares = torch.tensor([float(sample_count(batch)) for batch in fit], device=self.generator.device)
-        turns = torch.multinomial(shares, settings.iterations, replacement=True, generator=self.generator).tolist()
-        every, least, best = -(-settings.iterations // settings.checks), start, None
-        with standing_in(layers):
-            for k, turn in enumerate(turns, start=1):
-                count = sample_count(fit[turn])
-                some = torch.randperm(count, device=self.generator.device, generator=self.generator)[: settings.batch_samples]
-                optimizer.zero_grad()
-                self._loss(select_samples(fit[turn], some)).backward(inputs=parameters)
-                optimizer.step()
-                schedule.step()
-                if k % every == 0 or k == settings.iterations:
-                    error = self._judge(held)
-                    if error < least:
-                        least, best = error, {layer.item.layer.name: layer.parameters.solution(settings.name) for layer in layers}
-        if best is None:
-            return f"error of outputs and layers {start:.4g}, nothing better found"
-        assign_(self.models, best)
-        return f"error of outputs and layers {start:.4g} -> {least:.4g}"
-
-    @torch.no_grad()
-    def _judge(self, held: Sequence[Batch]) -> float:
-        losses = [(float(self._loss(part)), sample_count(part)) for batch in held for part in self._cut(batch)]
-        return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-
-    def _cut(self, batch: Batch) -> Iterator[Batch]:
-        for some in torch.arange(sample_count(batch)).split(self.settings.batch_samples):
-            yield select_samples(batch, some)
+        epochs = (shuffled(parts, settings.batch_samples, generator) for _ in itertools.count())
+        batches = itertools.islice(itertools.chain.from_iterable(epochs), settings.iterations)
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            layers = self._trainable(select_samples(parts[0], torch.arange(min(settings.batch_samples, sample_count(parts[0])))))
+            optimizer = adam([layer.parameters for layer in layers], settings)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(k / settings.iterations))
+            parameters = [tensor for layer in layers for tensor in layer.parameters.tensors]
+            errors: list[Tensor] = []
+            with standing_in(layers):
+                for batch in batches:
+                    optimizer.zero_grad()
+                    loss = self._loss(mixed(batch, settings.mixing, generator) if settings.mixing else batch)
+                    if not loss.requires_grad:
+                        return "nothing done: the model's outputs have no gradient"
+                    loss.backward(inputs=parameters)
+                    optimizer.step()
+                    schedule.step()
+                    errors.append(loss.detach())
+        assign_(self.models, {layer.item.layer.name: layer.parameters.solution(settings.name) for layer in layers})
+        each = -(-len(errors) // 10)
+        first, last = (float(torch.stack(some).mean()) for some in (errors[:each], errors[-each:]))
+        return f"error of outputs and layers in the first and last tenth of {settings.iterations} steps: {first:.4g}, {last:.4g}"
 
     def _loss(self, batch: Batch) -> Tensor:
         items = self.models.layers
@@ -160,7 +150,7 @@ class _Training:
             seen = outputs.get(item.layer.name)
             spread = (seen[0].std() if seen else start.scale.mean()).expand(start.scale.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
-            layers.append(TrainableLayer(item, parameters, self.generator))
+            layers.append(TrainableLayer(item, parameters))
         return layers
 
 

@@ -34,8 +34,8 @@ class TrainableLayer:
     Args:
         item: the layer.
         parameters: weight, bias, steps and zero-point; tensors as its docstring says.
-        generator: draws which numbers stay unquantized; on the layer's device.
         float_share: share of the input's numbers that stay unquantized, drawn anew in each call.
+        generator: draws which ones; on the layer's device.
 
     Source:
         Unquantized numbers: QDrop (Wei et al. 2022, arXiv 2203.05740).
@@ -43,8 +43,8 @@ class TrainableLayer:
 
     item: CalibratedLayer
     parameters: JointParameters
-    generator: torch.Generator
     float_share: float = 0.0
+    generator: torch.Generator | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output.

@@ -11,7 +11,6 @@ import typer
 
 from subbyte import Budget, Choices
 from subbyte.budget import Quantity
-from subbyte.choices import ALL_BITS
 from subbyte.cli.options import bits_or_none, pins_from
 from subbyte.errors import OptionError
 from subbyte.run.bank import ENTRIES
@@ -37,11 +36,11 @@ MinimizeOption = Annotated[
     typer.Option("--minimize", help="Budget: what to make smallest. Default degradation if a cost is limited, else size."),
 ]
 WeightChoicesOption = Annotated[
-    str | None, typer.Option("--weight-choices", metavar="2,4,8", help="Budget: bits that weights may have. Default all, 2 to 8.")
+    str | None, typer.Option("--weight-choices", metavar="2,4,8", help="Budget: bits that weights may have. Default the recipe's.")
 ]
 ActivationChoicesOption = Annotated[
     str | None,
-    typer.Option("--activation-choices", metavar="same|8|none", help="Budget: bits that inputs may have. Default as their weights."),
+    typer.Option("--activation-choices", metavar="same|8|none", help="Budget: bits that inputs may have. Default the recipe's."),
 ]
 BestEffortOption = Annotated[
     bool, typer.Option("--best-effort", help="Budget: give the best model found where a degradation limit cannot be met.")
@@ -55,8 +54,8 @@ FrontierOption = Annotated[bool, typer.Option("--frontier", help="List the best 
 
 
 def choices_from(
-    weight_choices: str | None,
-    activation_choices: str | None,
+    otherwise: Choices,
+    given: tuple[str | None, str | None],
     keep: Sequence[str] | None,
     pins: Sequence[str] | None,
     include: Sequence[str] | None = None,
@@ -65,8 +64,8 @@ def choices_from(
     """Choices of what the options say.
 
     Args:
-        weight_choices: numbers between commas; None: 2 to 8.
-        activation_choices: ``same``, or numbers or ``none`` between commas; None: ``same``.
+        otherwise: the recipe's choices, where an option is not given.
+        given: `--weight-choices`, numbers between commas, and `--activation-choices`, ``same``, or numbers or ``none`` between commas.
         keep: names or globs of layers at 8 bits.
         pins: ``NAME=W`` or ``NAME=W,A``.
         include: globs of the only layers to quantize; None or none means all.
@@ -76,14 +75,17 @@ def choices_from(
         OptionError: if a text cannot be read, or a width is outside 2 to 8.
 
     Example:
-        >>> choices_from("4,8", "8", None, ["fc=8"]).of(["conv", "fc"])
+        >>> choices_from(Choices(), ("4,8", "8"), None, ["fc=8"]).of(["conv", "fc"])
         {'conv': ((4, 8), (8, 8)), 'fc': ((8, 8),)}
     """
-    weights = [bits_or_none("--weight-choices", part) for part in weight_choices.split(",")] if weight_choices else list(ALL_BITS)
+    weight_text, input_text = given
+    weights = list(otherwise.weight_bits) if weight_text is None else [bits_or_none("--weight-choices", x) for x in weight_text.split(",")]
     if any(bits is None for bits in weights):
         raise OptionError("--weight-choices: weights have 2 to 8 bits; --exclude leaves a layer in float32")
-    same = activation_choices is None or activation_choices.strip().lower() == "same"
-    inputs = () if same else tuple(bits_or_none("--activation-choices", part) for part in (activation_choices or "").split(","))
+    inputs = tuple(otherwise.activation_bits)
+    if input_text is not None:
+        same = input_text.strip().lower() == "same"
+        inputs = () if same else tuple(bits_or_none("--activation-choices", part) for part in input_text.split(","))
     pinned = pins_from(keep, pins, float_inputs=inputs == (None,))
     return Choices([bits for bits in weights if bits is not None], inputs, pinned, include=include or ("*",), exclude=exclude or ())
 

@@ -74,7 +74,8 @@ from subbyte.cli.options import (
     OutputOption,
     PackedOption,
     PinOption,
-    RoundingOption,
+    RecipeName,
+    RecipeOption,
     SamplesOption,
     SeedOption,
     StdOption,
@@ -139,7 +140,7 @@ def quantize(
     threads: ThreadsOption = None,
     symmetric: SymmetricOption = True,  # noqa: FBT002 - the command line gives it by name
     flavour: FlavourOption = None,
-    rounding_only: RoundingOption = False,  # noqa: FBT002
+    recipe_name: RecipeOption = RecipeName.DEFAULT,
     force: ForceOption = False,  # noqa: FBT002
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002 - read by `program.main`
@@ -149,13 +150,13 @@ def quantize(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. Progress goes to stderr, the receipt to stdout. The file is written at the very end, whole or not at all.
     """
-    choices = choices_from(weight_choices, activation_choices, keep_8bit, pin, include, exclude)
+    recipe = recipe_from(recipe_name, flavour, symmetric=symmetric)
+    choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
     budget = budget_from(limits | {"relative_error": max_error}, minimize, choices, best_effort=best_effort)
     if budget is not None and (weight_bits is not None or activation_bits is not None):
         raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")
     widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude) if budget is None else None
-    recipe = recipe_from(flavour, symmetric=symmetric, rounding_only=rounding_only)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     check_positive("--batch-size", batch_size)
     set_threads_(threads)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from subbyte import Flavour, Recipe, Widths, rounding
+from subbyte import Flavour, Recipe, Widths, advanced, light, relaxed, rounding
 from subbyte.errors import FileError, OptionError
 from subbyte.tasks import ChannelOrder, Preprocessing
 from subbyte.widths import Option
@@ -60,7 +61,35 @@ FlavourOption = Annotated[
     Flavour | None,
     typer.Option("--flavour", help="Calibrate on what the quantized layers before give, or on float inputs. Default sequential."),
 ]
-RoundingOption = Annotated[bool, typer.Option("--rounding-only", help="Only round to the nearest code: the baseline.")]
+
+
+class RecipeName(StrEnum):
+    """Recipes by name.
+
+    Example:
+        >>> RecipeName("light").recipe().solver.name
+        'RoundToNearest'
+    """
+
+    DEFAULT = "default"
+    ROUNDING = "rounding"
+    LIGHT = "light"
+    ADVANCED = "advanced"
+    RELAXED = "relaxed"
+
+    def recipe(self) -> Recipe:
+        """The recipe."""
+        makers: dict[RecipeName, Callable[[], Recipe]] = {
+            RecipeName.DEFAULT: Recipe,
+            RecipeName.ROUNDING: rounding,
+            RecipeName.LIGHT: light,
+            RecipeName.ADVANCED: advanced,
+            RecipeName.RELAXED: relaxed,
+        }
+        return makers[self]()
+
+
+RecipeOption = Annotated[RecipeName, typer.Option("--recipe", help="The steps of the run; 'rounding' is the baseline.")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything random; the same seed gives the same bits.")]
 OutOption = Annotated[
     str,
@@ -147,19 +176,19 @@ def pins_from(keep: Sequence[str] | None, pins: Sequence[str] | None, *, float_i
     return pinned
 
 
-def recipe_from(flavour: Flavour | None, *, symmetric: bool, rounding_only: bool) -> Recipe:
+def recipe_from(name: RecipeName, flavour: Flavour | None, *, symmetric: bool) -> Recipe:
     """The recipe that the options name.
 
     Args:
+        name: as given.
         flavour: None keeps the recipe's own.
         symmetric: whether weights have no zero-points.
-        rounding_only: whether to round to the nearest code and nothing else.
 
     Example:
-        >>> recipe_from(None, symmetric=False, rounding_only=True).solver.name
+        >>> recipe_from(RecipeName.ROUNDING, None, symmetric=False).solver.name
         'RoundToNearest'
     """
-    recipe = replace(rounding() if rounding_only else Recipe(), symmetric_weights=symmetric)
+    recipe = replace(name.recipe(), symmetric_weights=symmetric)
     return recipe if flavour is None else replace(recipe, flavour=flavour)
 
 

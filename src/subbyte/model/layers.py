@@ -119,7 +119,7 @@ def _check_numbers(model: nn.Module) -> None:
             raise LayerError(name, "has no numbers yet (meta device or lazy module); load the trained weights first")
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
             raise LayerError(name, f"is {str(tensor.dtype).removeprefix('torch.')}; convert the model with model.float() first")
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.detach()).all():
             raise LayerError(name, "holds NaN or infinite numbers; the trained model is damaged, load it again")
 
 

@@ -7,7 +7,9 @@ determine them, and they cost nothing: codes and steps stay what they are. Round
 The state that is best on held-out samples is kept.
 
 Samples that the float model was trained on make a poor teacher: it is sure of them, and its outputs say little. Where data may be mixed,
-convex combinations of two samples show it what it is not sure of, and it labels them as well as any other.
+convex combinations of two samples show it what it is not sure of, and it labels them as well as any other. That is worth little for the
+ResNet-20 of studies/tuning.py; changes that keep what a sample shows, such as mirrored images, are worth more, but only the user knows
+them.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from subbyte.calibrate.fit_samples import fit_parts, mixed, shuffled
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.joint import half_cosine
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, compare
@@ -30,7 +33,7 @@ from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import standing_in
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples, tensors
+from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
@@ -52,7 +55,8 @@ class BiasTuning(Refinement):
         bias_rate: rate of the biases, in standard deviations of the layer's output.
         step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
         norm_biases: whether biases of norm layers (layer, group, instance and batch norms that are still there) are trained too.
-        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed.
+        mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed, for inputs of
+            which no mixture makes sense. Integers, such as token ids, are never mixed.
         augment: changes batches before they are used, for example by flipping images; None: they are used as they are.
         patience: epochs without a better state after which it ends.
 
@@ -92,7 +96,7 @@ class BiasTuning(Refinement):
             data: see there.
             observer: see there.
         """
-        parts = _fit_parts(models.original, data)
+        parts = fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
         tuning = _Tuning(models, parts, self, Judge.of(models.original, data, self.stop_by))
@@ -104,31 +108,6 @@ class BiasTuning(Refinement):
         observer(StageFinished(self.name, time.perf_counter() - started))
         mixable = any(tensor.is_floating_point() for tensor in tensors(parts[0]))
         return (note,) if mixable or not self.mixing else (note, "nothing was mixed: inputs are no floating-point numbers")
-
-
-def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
-    """Every sample with some of another one mixed in: `(1 - a) x_i + a x_j`, `a` evenly from 0 to `most`.
-
-    Args:
-        batch: its floating-point tensors are mixed, those with samples along their first dimension; a tensor (samples, ...), or a tuple or
-            mapping of such.
-        most: the largest share of the other sample.
-        generator: draws shares and partners, on the CPU.
-
-    Example:
-        >>> mixed(torch.tensor([[0.0], [1.0]]), 0.0, torch.Generator()).tolist()
-        [[0.0], [1.0]]
-    """
-    count = sample_count(batch)
-    partner = torch.randperm(count, device="cpu", generator=generator)
-    share = most * torch.rand(count, device="cpu", generator=generator)
-
-    def mix(x: Tensor) -> Tensor:
-        if not x.is_floating_point() or x.dim() == 0 or x.shape[0] != count:
-            return x
-        return x.lerp(x[partner.to(x.device)], share.to(x).view(-1, *([1] * (x.dim() - 1))))
-
-    return map_tensors(batch, mix)
 
 
 class _Tuning:
@@ -165,13 +144,13 @@ class _Tuning:
             steps = settings.epochs * sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
             schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(min(k / steps, 1.0)))
             for epoch in range(1, settings.epochs + 1):
-                for batch in _shuffled(self._parts, settings.batch_samples, generator):
+                for batch in shuffled(self._parts, settings.batch_samples, generator):
                     optimizer.zero_grad()
                     loss = self._loss(self._changed(batch, generator))
                     if loss.requires_grad:  # not where a batch reaches no layer that is trained
                         loss.backward(inputs=self._parameters)
                         optimizer.step()
-                    schedule.step()
+                        schedule.step()
                 reached = self._judge.loss_of(self._models.quantized)
                 if reached < least:
                     least, best, best_epoch = reached, self._values(), epoch
@@ -202,24 +181,6 @@ class _Tuning:
     def _restore_(self, values: Sequence[Tensor]) -> None:
         for parameter, value in zip(self._parameters, values, strict=True):
             parameter.copy_(value)
-
-
-def _fit_parts(model: nn.Module, data: CalibrationSet) -> tuple[Batch, ...]:
-    """The samples that are not held out, in one batch where they fit together; none if the model does not run on a part of a batch."""
-    parts = [select_samples(batch, ~mask) for batch, mask in zip(data.batches, data.held_out, strict=True) if not bool(mask.all())]
-    try:
-        with torch.no_grad():
-            call(model, parts[0])
-    except Exception:  # noqa: BLE001 - whatever a user's model says to another batch size
-        return ()
-    return joined(parts)
-
-
-def _shuffled(parts: Sequence[Batch], most: int, generator: torch.Generator) -> Iterator[Batch]:
-    """All samples once, in random order, parts of batches in random order."""
-    for index in torch.randperm(len(parts), device="cpu", generator=generator).tolist():
-        for chosen in torch.randperm(sample_count(parts[index]), device="cpu", generator=generator).split(most):
-            yield select_samples(parts[index], chosen)
 
 
 def _norms(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:

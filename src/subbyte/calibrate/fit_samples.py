@@ -1,0 +1,69 @@
+"""The samples that a gradient is taken on: those that are not held out, shuffled, mixed with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples
+
+
+def fit_parts(model: nn.Module, data: CalibrationSet) -> tuple[Batch, ...]:
+    """The samples that are not held out, in one batch where they fit together; none if the model does not run on a part of a batch.
+
+    Args:
+        model: float model.
+        data: calibration set; where all samples of all batches are held out, or none, all of them.
+    """
+    parts = [select_samples(batch, ~mask) for batch, mask in zip(data.batches, data.held_out, strict=True) if not bool(mask.all())]
+    try:
+        with torch.no_grad():
+            call(model, parts[0])
+    except Exception:  # noqa: BLE001 - whatever a user's model says to another batch size
+        return ()
+    return joined(parts)
+
+
+def shuffled(parts: Sequence[Batch], most: int, generator: torch.Generator) -> Iterator[Batch]:
+    """All samples once, in random order, parts of batches in random order.
+
+    Args:
+        parts: see `fit_parts`.
+        most: samples in one batch.
+        generator: on the CPU.
+
+    Example:
+        >>> [len(batch) for batch in shuffled([torch.zeros(5, 2)], 2, torch.Generator().manual_seed(0))]
+        [2, 2, 1]
+    """
+    for index in torch.randperm(len(parts), device="cpu", generator=generator).tolist():
+        for chosen in torch.randperm(sample_count(parts[index]), device="cpu", generator=generator).split(most):
+            yield select_samples(parts[index], chosen)
+
+
+def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
+    """Every sample with some of another one mixed in: `(1 - a) x_i + a x_j`, `a` evenly from 0 to `most`.
+
+    Args:
+        batch: its floating-point tensors are mixed, those with samples along their first dimension; a tensor (samples, ...), or a tuple or
+            mapping of such.
+        most: the largest share of the other sample.
+        generator: draws shares and partners, on the CPU.
+
+    Example:
+        >>> mixed(torch.tensor([[0.0], [1.0]]), 0.0, torch.Generator()).tolist()
+        [[0.0], [1.0]]
+    """
+    count = sample_count(batch)
+    partner = torch.randperm(count, device="cpu", generator=generator)
+    share = most * torch.rand(count, device="cpu", generator=generator)
+
+    def mix(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() == 0 or x.shape[0] != count:
+            return x
+        return x.lerp(x[partner.to(x.device)], share.to(x).view(-1, *([1] * (x.dim() - 1))))
+
+    return map_tensors(batch, mix)
