@@ -2,10 +2,10 @@
 beside ONNX Runtime's own static quantiser.
 
     python benchmarks/onnx_files.py --network resnet20                      # one network, rounded plainly at mixed 2..8-bit weights
-    python benchmarks/onnx_files.py --out docs/results/onnx.json            # all four; about ten minutes on two cores
+    python benchmarks/onnx_files.py --out docs/results/onnx.json            # all four
     python benchmarks/onnx_files.py --table docs/results/onnx.json          # print the table of an earlier run
 
-Weights of 2 to 8 bits, 5.3 on average, first and last layer at 8; inputs of 8 bits. All files are timed in turns in one process, one sample
+Weights of 2 to 8 bits in turn, first and last layer at 8; inputs of 8 bits. All files are timed in turns in one process, one sample
 at a time.
 """
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path)
     given = parser.parse_args()
     if given.table:
-        print(table(json.loads(given.table.read_text())))
+        print(table(json.loads(given.table.read_text())["rows"]))
         return
     torch.set_num_threads(given.threads)
     rows = []
@@ -170,7 +170,7 @@ def main() -> None:
         rows.append(measure(network, given.threads, given.images))
         print(json.dumps(rows[-1]), flush=True)
         if given.out:
-            given.out.write_text(json.dumps(rows, indent=1) + "\n")
+            given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     print(table(rows))
 
 
