@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -28,6 +28,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.targets import Simulation, Target
 from subbyte.export.verify import Verification, verify
+from subbyte.model.replace import copy_of
 from subbyte.run.files import write_file
 
 
@@ -135,6 +136,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     if demands.threads is not None and demands.threads < 1:
         raise OptionError(f"threads are at least 1, not {demands.threads}")
     translation = _translation()
+    on_processor = {name: copy_of(model).cpu() for name, model in (("quantized", models.quantized), ("original", models.original))}
+    models = replace(models, **on_processor)
     marked = translation.marked(models.quantized)
     if not marked.states:
         raise ModelError("nothing in this model is quantized, so there is nothing to export")
@@ -148,10 +151,9 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
         translation.simplify_(graph)
     constants = translation.fix_constants_(graph, marked)
     content, sites = translation.to_file(graph, example, constants, compact=target.compact)
-    plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
-
     kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
     _check_layers(kernels, list(marked.states), target, demands)
+    plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)
     threads = demands.threads or torch.get_num_threads()
     verification = verify((content, plain), kernels, simulation, judge.batches, target, threads)
