@@ -65,6 +65,11 @@ class TwoOutputs(Net):
         return {**given, "again": given["logits"] * 2}
 
 
+class Plain(Net):
+    def forward(self, x):
+        return self.head(F.relu(self.stem(x)).mean((2, 3)))
+
+
 def half():
     return Net().half()
 
@@ -454,6 +459,23 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
 def _model() -> torch.nn.Module:
     with opened_model("net.py:build") as model:
         return model
+
+
+@pytest.mark.filterwarnings("ignore::subbyte.ExportWarning")  # so small a network is neither smaller nor faster
+def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    assert run("quantize --model net.py:Plain --data data.npz --rounding-only --weight-bits 3 --out a.st").code == 0
+    done = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --threads 1 --json")
+    assert done.code == 0, done.err
+    assert done.data["kernels"] == {"stem": "QLinearConv", "head": "QGemm"} and done.data["float_layers"] == []
+    assert done.data["size_bytes"] == (folder / "a.onnx").stat().st_size
+    scored = run("evaluate --model net.py:Plain --data data.npz --packed a.onnx --json").data
+    packed = run("evaluate --model net.py:Plain --data data.npz --packed a.st --json").data
+    assert scored["packed_bytes"] == done.data["size_bytes"]
+    assert abs(scored["agreement"] - packed["agreement"]) < 5 and abs(scored["kl"] - packed["kl"]) < 0.01
+    refused = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --json")
+    assert refused.code == 5 and "exists" in refused.data["error"]["message"]
+    assert run("export --model net.py:Plain --data data.npz --packed a.st --out b.onnx --target openvino --compact").code == 2
 
 
 @pytest.mark.parametrize("name", ["light", "advanced", "relaxed"])

@@ -33,6 +33,12 @@ def test_the_table_of_the_main_job_is_that_of_its_rows(monkeypatch: pytest.Monke
     assert benchmark("main_job", monkeypatch).table(rows("main_job")) in RESULTS
 
 
+def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert benchmark("onnx_files", monkeypatch).table(rows("onnx")) in RESULTS
+
+
 def test_the_tables_of_the_recipes_are_those_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("recipes", monkeypatch)
     assert module.recipes_table(rows("recipes")) in RESULTS

@@ -17,7 +17,9 @@ from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
 from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.packed import load
+from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
@@ -39,6 +41,8 @@ __all__ = [
     "Choices",
     "CosineDistance",
     "DataError",
+    "ExportWarning",
+    "Exported",
     "FileError",
     "Fisher",
     "Flavour",
@@ -54,6 +58,8 @@ __all__ = [
     "MinMax",
     "ModelError",
     "Networkwise",
+    "OnnxRuntimeCPU",
+    "OpenVINOCPU",
     "OptionError",
     "OutputLoss",
     "OwnLoss",
@@ -65,8 +71,10 @@ __all__ = [
     "Result",
     "RoundToNearest",
     "RowSampling",
+    "Simulation",
     "Solver",
     "SubbyteError",
+    "Target",
     "Widths",
     "advanced",
     "light",

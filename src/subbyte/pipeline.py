@@ -89,7 +89,6 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     clips = find_clips(original, found.layers, probes(batches)) if recipe.behind_clips else {}
     assembler = Assembler(original, found.layers, clips, norm_outputs(model, folds), calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
-
     judged, measured = assembled.judged, assembled.measured
     warnings = warnings_for(found, judged, measured, plan)
     for text in warnings:
@@ -109,4 +108,6 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         recipe=recipe,
         seed=seed,
         seconds=time.perf_counter() - started,
+        original=original,
+        calibration=calibration,
     )

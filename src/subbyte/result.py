@@ -10,11 +10,14 @@ from functools import cached_property
 from torch import nn
 
 from subbyte.allocate.cost import LayerSize
+from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
+from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.packed import pack_model, to_bytes
+from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
 from subbyte.plan import Plan
@@ -77,6 +80,8 @@ class Result:
         recipe: as asked for.
         seed: of the run.
         seconds: the run took.
+        original: the float model, batch norms folded.
+        calibration: the samples, and which of them judged.
 
     Example:
         >>> import subbyte, torch
@@ -100,6 +105,8 @@ class Result:
     recipe: Recipe
     seed: int
     seconds: float
+    original: nn.Module
+    calibration: CalibrationSet
 
     @property
     def loss(self) -> float:
@@ -131,6 +138,33 @@ class Result:
         content = self._content()
         write_file(path, content)
         return len(content)
+
+    def export_onnx(
+        self,
+        path: str | os.PathLike[str],
+        target: Target = OnnxRuntimeCPU(),  # noqa: B008 - a frozen value
+        *,
+        require_faster: bool = False,
+        allow_float: bool = False,
+        threads: int | None = None,
+    ) -> Exported:
+        """Write an ONNX file of standard operators, weights at their true width, and check it by running it.
+
+        Args:
+            path: of the file; one that exists is replaced, whole or not at all.
+            target: where it is to run.
+            require_faster: whether a file that is not faster than the float model's is an error instead of a warning.
+            allow_float: whether layers that the target runs in floating point are listed instead of being an error.
+            threads: processor threads of the runtime; None takes those of torch.
+
+        Raises:
+            OptionError: if the packages for ONNX, or the target's runtime, are not installed.
+            ModelError: if the model cannot be traced or translated, or the file is not faster where that is required.
+            LayerError: if a layer does not run in int8.
+            FileError: if the file cannot be written.
+        """
+        models = Exportable(self.model, self.original, self.calibration, self.recipe.loss)
+        return export_onnx(models, path, target, Demands(faster=require_faster, int8=not allow_float, threads=threads))
 
     def _content(self) -> bytes:
         return to_bytes(pack_model(self.model, self.structure, self.folds))

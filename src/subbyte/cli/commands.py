@@ -1,4 +1,4 @@
-"""The four commands, each one or two public functions of the library."""
+"""The commands, each one or two public functions of the library."""
 
 # ruff: noqa: PLR0913 - a command's parameters are the user's options
 
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 import subbyte
-from subbyte import Choices
+from subbyte import Choices, RelativeSquaredError, RowSampling
 from subbyte.allocate.allocation import allocate
 from subbyte.allocate.frontier import frontier
 from subbyte.allocate.saved import load_market
 from subbyte.budget import Quantity
+from subbyte.calibrate.gather import CalibrationSet
 from subbyte.cli.budget_options import (
     PACKED_NAME,
     ActivationChoicesOption,
@@ -38,6 +39,16 @@ from subbyte.cli.budget_options import (
     is_run_folder,
 )
 from subbyte.cli.evaluation import compared, logits_of
+from subbyte.cli.export_options import (
+    AllowFloatOption,
+    CompactOption,
+    ExportedPackedOption,
+    FasterOption,
+    OnnxOption,
+    TargetName,
+    TargetOption,
+    target_from,
+)
 from subbyte.cli.model_source import opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
@@ -81,10 +92,12 @@ from subbyte.cli.options import (
     shape_from,
     widths_from,
 )
-from subbyte.cli.show import allocation_text, as_json, evaluation_text, frontier_text, result_data, survey_data, survey_text
+from subbyte.cli.show import allocation_text, as_json, evaluation_text, exported_data, frontier_text, result_data, survey_data, survey_text
 from subbyte.errors import DataError, OptionError
+from subbyte.export.onnx import Demands, Exportable, export_onnx
+from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import state_bytes
-from subbyte.model.batches import DEFAULT_BATCH_SIZE
+from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
@@ -265,13 +278,65 @@ def evaluate(
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     with opened_model(model) as float_model:
         check_model(float_model)
-        quantized = None if packed is None else subbyte.load(packed, into=float_model)
+        quantized = None if packed is None else _opened(packed, float_model)
         inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
         reference = logits_of(float_model, inputs, batch_size, output)
         logits = None if quantized is None else logits_of(quantized, inputs, batch_size, output)
     float_bytes = state_bytes(float_model)
     measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
+
+
+@app.command(short_help="Write a packed file as ONNX, and check it by running it.")
+def export(
+    model: ModelOption,
+    packed: ExportedPackedOption,
+    data: DataOption,
+    out: OnnxOption,
+    target: TargetOption = TargetName.ONNXRUNTIME,
+    compact: CompactOption = False,  # noqa: FBT002
+    require_faster: FasterOption = False,  # noqa: FBT002
+    allow_float: AllowFloatOption = False,  # noqa: FBT002
+    image_size: ImageSizeOption = None,
+    mean: MeanOption = None,
+    std: StdOption = None,
+    channel_order: ChannelOrderOption = None,
+    value_range: ValueRangeOption = None,
+    key: KeyOption = None,
+    samples: SamplesOption = None,
+    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
+    seed: SeedOption = 0,
+    threads: ThreadsOption = None,
+    force: ForceOption = False,  # noqa: FBT002
+    as_json_object: JsonOption = False,  # noqa: FBT002
+    debug: DebugOption = False,  # noqa: FBT002
+) -> None:
+    """Write a packed file as an ONNX file of standard operators, and check it by running it.
+
+    SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
+    then put into evaluation mode. --data: what it was quantized with; sums and concatenations between layers get 8-bit grids from it, and
+    an eighth of it is held out to compare the file with its simulation. The file is written whole or not at all.
+    """
+    chosen, demands = target_from(target, compact=compact), Demands(faster=require_faster, int8=not allow_float, threads=threads)
+    check_positive("--batch-size", batch_size)
+    set_threads_(threads)
+    check_free(out, force=force)
+    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
+    with opened_model(model) as float_model:
+        check_model(float_model)
+        quantized = subbyte.load(packed, into=float_model)
+        batches = as_batches(load_samples(data, preprocessing, limit=samples, key=key).split(batch_size))
+        calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
+        exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
+        done = export_onnx(exportable, out, chosen, demands)
+    typer.echo(as_json(exported_data(done)) if as_json_object else f"{done}\nwrote {out}")
+
+
+def _opened(file: Path, float_model: nn.Module) -> nn.Module:
+    """The model of a packed file, or of an ONNX file."""
+    if file.suffix != ".onnx":
+        return subbyte.load(file, into=float_model)
+    return OnnxModel(file)
 
 
 def _labelled(

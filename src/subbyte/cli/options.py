@@ -105,7 +105,9 @@ LabelsKeyOption = Annotated[
     str | None,
     typer.Option("--labels-key", metavar="NAME", help="Array or column of the labels; otherwise the only array or 'y', 'label'."),
 ]
-PackedOption = Annotated[Path | None, typer.Option("--packed", metavar="FILE", help="Compare with this packed file of the model.")]
+PackedOption = Annotated[
+    Path | None, typer.Option("--packed", metavar="FILE", help="Compare with this packed file of the model, or with this .onnx file.")
+]
 OutputOption = Annotated[
     str | None, typer.Option("--output", metavar="NAME", help="Entry of the model's output that holds the logits, if it returns several.")
 ]

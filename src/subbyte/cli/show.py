@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from subbyte import Result
+from subbyte import Exported, Result
 from subbyte.allocate.allocation import Allocation, Market
 from subbyte.allocate.sensitivity import option_text
 from subbyte.cli.evaluation import Evaluation
@@ -18,7 +18,17 @@ from subbyte.model.layers import Layer, Survey
 from subbyte.plan import Plan
 from subbyte.result import still_float
 
-__all__ = ["allocation_text", "as_json", "evaluation_text", "frontier_text", "plan_data", "result_data", "survey_data", "survey_text"]
+__all__ = [
+    "allocation_text",
+    "as_json",
+    "evaluation_text",
+    "exported_data",
+    "frontier_text",
+    "plan_data",
+    "result_data",
+    "survey_data",
+    "survey_text",
+]
 
 
 def as_json(data: Mapping[str, Any]) -> str:
@@ -123,6 +133,25 @@ def frontier_text(points: Sequence[Allocation]) -> str:
         widths = " ".join(f"{w}" if w == a else f"{w}/{'-' if a is None else a}" for w, a in point.options.values())
         rows.append((f"{point.size_bytes:,}", f"{point.average_bits:.2f}", f"{point.predicted:.4g}", widths))
     return "\n".join(_columns(rows, right=(0, 1, 2)))
+
+
+def exported_data(exported: Exported) -> dict[str, Any]:
+    """What was found about an exported file, as data.
+
+    Args:
+        exported: the file.
+    """
+    verification = exported.verification
+    return asdict(verification) | {
+        "out": str(exported.path),
+        "speed": verification.speed,
+        "float_layers": list(verification.float_layers),
+        "quantizers": exported.quantizers,
+        "loss_name": exported.loss_name,
+        "loss": exported.loss,
+        "model_loss": exported.model_loss,
+        "warnings": list(exported.warnings),
+    }
 
 
 def survey_data(found: Survey, folds: Sequence[Fold]) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""Many random small networks: exported, run in ONNX Runtime with optimizations on and off, and compared with their simulations.
+
+    python benchmarks/onnx_random.py --count 500
+
+Prints how many outputs differ by more than one output step (a 255th of what the output spans), and the largest difference. Networks are
+exported fifty at a time, as one model with an input and an output for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import subbyte
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "export"))
+from random_graphs import quantized_nets  # noqa: E402 - it lies beside the tests
+
+TOGETHER = 50
+
+
+def differences(seed: int, count: int) -> list[float]:
+    """Largest difference of each network, in output steps."""
+    result, samples = quantized_nets(seed, count)
+    runtime = subbyte.OnnxRuntimeCPU()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / "m.onnx"
+        exported = result.export_onnx(path, runtime, threads=1)
+        content = path.read_bytes()
+    with torch.no_grad():
+        expected = [output.numpy() for output in exported.simulation(*samples)]
+    worst = np.zeros(count)
+    for optimized in (False, True):
+        found = runtime.open(content, optimized=optimized, threads=1)([x.numpy() for x in samples])
+        steps = [255 * np.abs(a - b).max() / (b.max() - b.min()) for a, b in zip(found, expected, strict=True)]
+        worst = np.maximum(worst, steps)
+    return [float(step) for step in worst]
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    found: list[float] = []
+    while len(found) < given.count:
+        found += differences(1000 * (len(found) // TOGETHER), min(TOGETHER, given.count - len(found)))
+        above = sum(step > 1.001 for step in found)
+        print(f"{len(found)} networks: {above} differ by more than one output step; largest difference {max(found):.3f} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()

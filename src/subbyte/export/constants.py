@@ -1,0 +1,117 @@
+"""Weights and biases as a file holds them: codes, and biases as whole numbers of steps, put into the simulation as well.
+
+    W = s_w (Q - z_w)      b = s_x s_w round(b / (s_x s_w))      in int32, the unit in which an int8 kernel accumulates
+
+A channel whose step is so small that its bias does not fit (a channel that is all but dead) gets a larger step: `s_w = |b| / (2^30 s_x)`,
+codes rounded to it. What its weights contributed is less than a 2^-23 of the bias for each input.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from subbyte.errors import LayerError
+from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of
+from subbyte.export.markers import MarkedModel
+from subbyte.model.operators import Operator
+from subbyte.model.quantized_layer import QuantizedState
+from subbyte.quantizers.affine import dequantize
+from subbyte.quantizers.grid import Grid
+
+LARGEST_BIAS = 1 << 30  # steps; half of what int32 holds is left to the products
+
+
+@dataclass(frozen=True, eq=False)
+class LayerConstants:
+    """What one call of a layer computes with.
+
+    Args:
+        layer: its name.
+        operator: its arithmetic.
+        grid: of the weight codes.
+        codes: `Q`, int16, the layer's weight shape.
+        scale: `s_w`, float32 (C_out,).
+        zero_point: `z_w`, int32 (C_out,).
+        bias: `b`, float32 (C_out,).
+        bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised.
+        input_scale: `s_x`; None likewise.
+    """
+
+    layer: str
+    operator: Operator
+    grid: Grid
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bias: Tensor
+    bias_codes: Tensor | None
+    input_scale: float | None
+
+    def weight(self) -> Tensor:
+        """`W`, float32, the layer's weight shape."""
+        scale, zero = (self.operator.per_channel(values, self.codes) for values in (self.scale, self.zero_point))
+        return dequantize(self.codes, scale, zero)
+
+
+def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerConstants]:
+    """Round the biases of a placed graph, and give every call of a layer constants of its own, by a new key.
+
+    Args:
+        graph: a traced model; its weights and biases are changed in place.
+        marked: what it was traced from.
+
+    Returns:
+        Constants by key, in running order; the weight's and bias's markers carry the keys.
+
+    Raises:
+        LayerError: if a layer's weight is not where it is looked for.
+    """
+    found: dict[str, LayerConstants] = {}
+    calls = [(node, layer) for node in graph.graph.nodes if (layer := key_of(node)) is not None]
+    for index, (node, layer) in enumerate(calls):
+        key = str(index)
+        quantizer = input_quantizer(node)
+        scale = None if quantizer is None else grid_of(quantizer).scale
+        constants = _constants(layer, marked.operators[layer], marked.states[layer], scale)
+        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+        if not isinstance(weight, Node) or not isinstance(bias, Node) or bias.target is not BIAS:
+            raise LayerError(layer, "was traced to something else than torch's own operator; exclude it to export the model")
+        step = None if scale is None else torch.tensor(scale) * constants.scale
+        rounded = constants.bias if constants.bias_codes is None or step is None else constants.bias_codes.float() * step
+        for name, marker, value in (("weight", weight, constants.weight()), ("bias", bias, rounded)):
+            buffer = f"subbyte_{name}_{key}"
+            graph.register_buffer(buffer, value)
+            with graph.graph.inserting_before(marker):
+                source = graph.graph.get_attr(buffer)
+                source.meta = {"val": marker.meta.get("val")}
+                made = graph.graph.call_function(marker.target, (source, key))  # type: ignore[arg-type]
+                made.meta = dict(marker.meta)
+            node.replace_input_with(marker, made)
+        found[key] = constants
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    graph.delete_all_unused_submodules()
+    return found
+
+
+def _constants(layer: str, operator: Operator, state: QuantizedState, input_scale: float | None) -> LayerConstants:
+    codes, scale, zero, bias = (tensor.detach().cpu() for tensor in (state.codes, state.scale, state.zero_point, state.bias))
+    constants = LayerConstants(layer, operator, state.weight_grid, codes, scale, zero, bias, None, input_scale)
+    if input_scale is None:
+        return constants
+    unit = torch.tensor(input_scale)
+    least = bias.abs() / (LARGEST_BIAS * unit)
+    dead = scale < least
+    if bool(dead.any()):
+        larger = torch.where(dead, least, scale)
+        weight = dequantize(codes, operator.per_channel(scale, codes), operator.per_channel(zero, codes))
+        step, offset = operator.per_channel(larger, codes), operator.per_channel(zero, codes)
+        coarser = ((weight / step).round() + offset).clamp(state.weight_grid.lowest, state.weight_grid.highest).to(codes.dtype)
+        codes = torch.where(operator.per_channel(dead, codes), coarser, codes)
+        scale = larger
+    whole = (bias.double() / (unit * scale).double()).round().to(torch.int32)
+    return replace(constants, codes=codes, scale=scale, bias_codes=whole)

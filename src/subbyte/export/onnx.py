@@ -1,0 +1,206 @@
+"""The ONNX file, top-down: a quantized model becomes a graph, the graph a file and a simulation, and the file is run before it is kept.
+
+    trace      the model as a graph of operators, layers marked             (trace, markers)
+    place      the quantisers that the target needs between layers          (placement)
+    constants  biases rounded to what int8 kernels add                      (constants)
+    translate  standard operators, codes at their true width                (onnx_graph, widening, onnx_file)
+    verify     in the runtime, against the graph: the simulation            (verify)
+
+The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up in float64, because an int8
+kernel adds up exactly, in int32: with float32 sums, one number in some ten thousands would be rounded to the neighbouring code.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.loss import OutputLoss
+from subbyte.calibrate.whole import Judge
+from subbyte.errors import LayerError, ModelError, OptionError
+from subbyte.export.targets import Simulation, Target
+from subbyte.export.verify import Verification, verify
+from subbyte.run.files import write_file
+
+
+class ExportWarning(UserWarning):
+    """An exported file is larger or slower than the float model, or computes something else than its simulation.
+
+    Example:
+        >>> issubclass(ExportWarning, UserWarning)
+        True
+    """
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a file has to be, or it is not written.
+
+    Args:
+        faster: than the float model's file in the same runtime; otherwise there is a warning.
+        int8: every quantized layer runs in an int8 kernel; otherwise those that do not are listed.
+        threads: processor threads of the runtime; None takes those of torch.
+
+    Example:
+        >>> Demands(faster=True).int8
+        True
+    """
+
+    faster: bool = False
+    int8: bool = True
+    threads: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A file that was written, and what was measured.
+
+    Args:
+        path: of the file.
+        simulation: the PyTorch model that computes what the file computes; takes what the model takes.
+        quantizers: 8-bit quantisers between layers that the target needed.
+        loss_name: what the losses measure.
+        loss: of the simulation on held-out samples, from the float model.
+        model_loss: of the quantized model without those quantisers, likewise.
+        verification: of the file in the runtime.
+        warnings: what the user should know.
+
+    Example:
+        >>> import subbyte, torch, tempfile, os
+        >>> float_model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(288, 4)).eval()
+        >>> result = subbyte.quantize(float_model, torch.randn(64, 3, 8, 8), widths=subbyte.Widths(4, 8))
+        >>> with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore", ExportWarning)  # so small a model is not faster
+        ...     exported = result.export_onnx(os.path.join(folder, "model.onnx"))
+        >>> exported.verification.kernels
+        {'0': 'QLinearConv', '3': 'QGemm'}
+    """
+
+    path: Path
+    simulation: nn.Module
+    quantizers: int
+    loss_name: str
+    loss: float
+    model_loss: float
+    verification: Verification
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """The figures in lines."""
+        added = f"{self.quantizers} 8-bit quantisers between layers were added"
+        losses = f"{self.loss_name} from the float model on held-out samples: {self.loss:.4g}, without them {self.model_loss:.4g}"
+        return "\n".join([str(self.verification), f"{added}; {losses}", *(f"WARNING: {text}" for text in self.warnings)])
+
+
+@dataclass(frozen=True, eq=False)
+class Exportable:
+    """What an export starts from.
+
+    Args:
+        quantized: model with quantized layers.
+        original: the float model.
+        calibration: samples, and which of them are held out.
+        loss: by which models are compared.
+    """
+
+    quantized: nn.Module
+    original: nn.Module
+    calibration: CalibrationSet
+    loss: OutputLoss
+
+
+def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target, demands: Demands) -> Exported:
+    """Write a quantized model as an ONNX file of standard operators, and check it by running it.
+
+    Args:
+        models: what to export.
+        path: of the file; one that exists is replaced, whole or not at all.
+        target: where it is to run.
+        demands: what the file has to be.
+
+    Raises:
+        OptionError: if the packages for ONNX, or the target's runtime, are not installed.
+        ModelError: if the model cannot be traced or translated, or the file is not faster where that is demanded.
+        LayerError: if a layer does not run in int8 where that is demanded.
+        FileError: if the file cannot be written, or the runtime refuses it.
+    """
+    if demands.threads is not None and demands.threads < 1:
+        raise OptionError(f"threads are at least 1, not {demands.threads}")
+    translation = _translation()
+    marked = translation.marked(models.quantized)
+    if not marked.states:
+        raise ModelError("nothing in this model is quantized, so there is nothing to export")
+    judge = Judge.of(models.original, models.calibration, models.loss)
+    example = models.calibration.batches[0]
+    graph = translation.trace(marked.model, example)
+    quantizers = 0
+    if target.int8_between:
+        quantizers = translation.place_(graph, models.calibration.batches)
+    else:
+        translation.simplify_(graph)
+    constants = translation.fix_constants_(graph, marked)
+    content, sites = translation.to_file(graph, example, constants, compact=target.compact)
+    plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
+
+    kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
+    _check_layers(kernels, list(marked.states), target, demands)
+    simulation = translation.Simulated(graph)
+    threads = demands.threads or torch.get_num_threads()
+    verification = verify((content, plain), kernels, simulation, judge.batches, target, threads)
+    told = _warnings(verification, demands, target)
+    write_file(path, content)
+    for text in told:
+        warnings.warn(text, ExportWarning, stacklevel=3)
+    losses = judge.loss_of(simulation), judge.loss_of(models.quantized)
+    return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told)
+
+
+def _translation() -> ModuleType:
+    """The modules that need the packages for ONNX, which `import subbyte` does not."""
+    try:
+        from subbyte.export import translation
+    except ImportError as error:
+        raise OptionError(f"exporting needs packages that are not installed ({error}); pip install 'subbyte[onnx]'") from error
+    return translation
+
+
+def _check_layers(kernels: dict[str, str | None], layers: Sequence[str], target: Target, demands: Demands) -> None:
+    """Every quantized layer has to be in the file, and where that is demanded in int8."""
+    for layer in layers:
+        if layer not in kernels:
+            raise LayerError(layer, "is not in the exported graph: the model does not call it for this input; exclude it")
+        if demands.int8 and target.int8_between and kernels[layer] is None:
+            raise LayerError(
+                layer,
+                f"does not run in int8 in {target.name}: its input is not quantised, or the runtime has no int8 kernel for it; quantize "
+                "its input, exclude the layer, or allow floating point, which lists it",
+            )
+
+
+def _warnings(verification: Verification, demands: Demands, target: Target) -> tuple[str, ...]:
+    told = []
+    if verification.size_bytes >= verification.float_bytes:
+        told.append(f"the file has {verification.size_bytes:,} bytes, not fewer than the float model's {verification.float_bytes:,}")
+    if verification.speed < 1.0 and target.int8_between:
+        slower = (
+            f"the file is not faster: {verification.milliseconds:.3f} ms a sample in {verification.target}, the float model "
+            f"{verification.float_milliseconds:.3f} ms"
+        )
+        if demands.faster:
+            raise ModelError(f"{slower}; nothing was written")
+        told.append(slower)
+    for check in verification.checks:
+        if check.agreement is not None and check.agreement < 99.0:
+            how = "with" if check.optimized else "without"
+            told.append(f"{how} optimizations the runtime agrees with the simulation on {check.agreement:.2f} % only")
+    if verification.float_layers and target.int8_between:
+        told.append(f"in floating point: {', '.join(verification.float_layers)}")
+    return tuple(told)

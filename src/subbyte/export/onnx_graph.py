@@ -1,0 +1,238 @@
+"""From a placed graph to an ONNX graph of standard operators: torch.onnx translates the model's own, the markers are translated here.
+
+quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
+weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel
+bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, so that it takes no room in the file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnx.defs import OpSchema
+from torch.fx import GraphModule
+
+from subbyte.errors import LayerError, ModelError
+from subbyte.export.constants import LayerConstants
+from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
+from subbyte.export.onnx_builder import Builder
+from subbyte.export.trace import exported_program, quiet
+from subbyte.export.widening import Stored, widen_
+from subbyte.model.batches import Batch
+from subbyte.model.operators import Convolution
+
+OPSET = 21  # the first with INT4
+DOMAIN = "subbyte"
+UINT8_TOP = 255
+
+
+@dataclass(frozen=True, eq=False)
+class OnnxGraph:
+    """An ONNX model and where the layers' weights are in it.
+
+    Args:
+        model: standard operators only.
+        weights: name of the layer by the name of the INT8 value that holds its widened codes.
+    """
+
+    model: ir.Model
+    weights: Mapping[str, str]
+
+
+def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
+    """Translate a graph.
+
+    Args:
+        graph: a placed graph, see `placement`, or that of a float model.
+        batch: an example of what it takes.
+        constants: of the layers, by key.
+
+    Raises:
+        ModelError: if torch.onnx cannot translate an operator of the model.
+        LayerError: if a layer was translated to something that cannot hold codes.
+    """
+    program = exported_program(graph, batch)
+    try:
+        with quiet(), torch.no_grad():
+            translated = torch.onnx.export(
+                program, dynamo=True, opset_version=OPSET, custom_translation_table=_translations(), verbose=False
+            )
+    except Exception as error:  # noqa: BLE001 - adds what was being done to the user's model
+        raise ModelError(f"torch.onnx cannot translate this model: {error}") from error
+    assert translated is not None
+    model: ir.Model = translated.model
+    weights = _replace_markers_(model.graph, constants)
+    model.opset_imports.pop(DOMAIN, None)
+    return OnnxGraph(model, weights)
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """torch operator -> function that emits the marker as an operator of our own domain, for the time being."""
+    kinds = OpSchema.AttrType
+    quantizer = _marker("Quantize", scale=kinds.FLOAT, zero_point=kinds.INT, low=kinds.INT, high=kinds.INT)
+    weight, bias = _marker("Weight", key=kinds.STRING), _marker("Bias", key=kinds.STRING)
+
+    def translate_quantize(x: Any, scale: float, zero_point: int, low: int, high: int) -> Any:
+        return quantizer(x, scale=scale, zero_point=zero_point, low=low, high=high)
+
+    def translate_weight(w: Any, key: str) -> Any:
+        return weight(w, key=key)
+
+    def translate_bias(b: Any, key: str) -> Any:
+        return bias(b, key=key)
+
+    return {QUANTIZE: translate_quantize, WEIGHT: translate_weight, BIAS: translate_bias}
+
+
+def _marker(name: str, **attributes: OpSchema.AttrType) -> Any:
+    parameter = OpSchema.FormalParameter
+    schema = OpSchema(
+        name,
+        DOMAIN,
+        1,
+        inputs=[parameter("x", "T")],
+        outputs=[parameter("y", "T")],
+        type_constraints=[("T", ["tensor(float)"], "")],
+        attributes=[OpSchema.Attribute(key, kind, "", required=True) for key, kind in attributes.items()],
+    )
+    return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
+
+
+def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) -> dict[str, str]:
+    """Standard operators for all markers; returns layer names by the names of their INT8 weights."""
+    builder = Builder(graph)
+    markers = [node for node in graph if node.domain == DOMAIN]
+    weights = [node for node in markers if node.op_type == "Weight"]
+    stored, sites = {}, {}
+    for node in weights:
+        key = _text(node)
+        sites[key] = _site(node, constants[key])
+        stored[key] = _stored(constants[key], sites[key])
+    first = next(iter(graph), None)
+    plain, owner = _without_repetition({key: item for key, item in stored.items() if _is_widened(item)}, constants)
+    widened = widen_(builder, plain)
+    if first is not None:
+        builder.place_(first)
+    codes = {key: widened[owner[key]] if key in owner else builder.constant(item.codes.astype(np.uint8)) for key, item in stored.items()}
+    for node in weights:
+        key = _text(node)
+        _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+    for node in markers:
+        if node.op_type == "Bias":
+            _replace_(node, _bias(builder, node, constants[_text(node)]), builder, node)
+        elif node.op_type == "Quantize":
+            _replace_(node, _quantizer(builder, node), builder, node)
+    for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
+        del graph.initializers[name]
+    return {_name(value): constants[key].layer for key, value in codes.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """Where a weight is read: the last node that only rearranges it, whether that transposes it, and the dimension of output channels
+    (None: the scales do not lie along one dimension)."""
+
+    last: ir.Node
+    transposed: bool
+    axis: int | None
+
+
+def _site(node: ir.Node, constants: LayerConstants) -> _Site:
+    operator = constants.operator
+    (use,) = node.outputs[0].uses()
+    reader = use.node
+    if isinstance(operator, Convolution):
+        if reader.op_type not in ("Conv", "ConvTranspose"):
+            raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
+        return _Site(node, False, (None if operator.groups > 1 else 1) if operator.transposed else 0)
+    if reader.op_type == "Transpose":
+        return _Site(reader, True, 1)
+    if reader.op_type == "Gemm" and reader.attributes["transB"].as_int() == 1:
+        return _Site(node, False, 0)
+    raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
+
+
+def _stored(constants: LayerConstants, site: _Site) -> Stored:
+    codes, zero = constants.codes.numpy(), None
+    if not constants.grid.symmetric:
+        zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy()
+        zero = zero.T if site.transposed else zero
+    return Stored(codes.T if site.transposed else codes, constants.grid, zero)
+
+
+def _is_widened(item: Stored) -> bool:
+    """Codes less zero-points fit into INT8: always on a symmetric grid, on an affine one below 8 bits."""
+    return item.grid.symmetric or item.grid.bits < 8
+
+
+def _without_repetition(stored: Mapping[str, Stored], constants: Mapping[str, LayerConstants]) -> tuple[dict[str, Stored], dict[str, str]]:
+    """A layer that is called several times is stored once; returns what is stored, and under which key each call finds it."""
+    plain: dict[str, Stored] = {}
+    owner: dict[str, str] = {}
+    for key, item in stored.items():
+        same = (other for other in plain if constants[other].layer == constants[key].layer)
+        owner[key] = next((other for other in same if np.array_equal(plain[other].codes, item.codes)), key)
+        plain.setdefault(owner[key], item)
+    return plain, owner
+
+
+def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
+    scale = constants.scale
+    if site.axis is None:
+        spread = constants.operator.per_channel(scale, constants.codes).numpy()
+        return builder.add("Mul", builder.cast(codes, ir.DataType.FLOAT), builder.constant(spread))
+    inputs = [codes, builder.constant(scale.numpy())]
+    if not constants.grid.symmetric and constants.grid.bits == 8:
+        inputs.append(builder.constant(constants.zero_point.numpy().astype(np.uint8)))
+    elif not isinstance(constants.operator, Convolution):  # ONNX Runtime 1.32 takes its QGemm only where they are written out
+        inputs.append(builder.constant(np.zeros(len(scale), np.int8)))
+    return builder.add("DequantizeLinear", *inputs, axis=site.axis)
+
+
+def _bias(builder: Builder, node: ir.Node, constants: LayerConstants) -> ir.Value:
+    readers = {use.node.op_type for use in node.outputs[0].uses()}
+    if constants.bias_codes is None or not readers <= {"Conv", "Gemm"}:
+        step = 1.0 if constants.bias_codes is None else torch.tensor(constants.input_scale) * constants.scale
+        values = constants.bias if constants.bias_codes is None else constants.bias_codes.float() * step
+        return builder.constant(values.numpy())
+    scale = builder.add("Mul", builder.constant(np.float32(constants.input_scale)), builder.constant(constants.scale.numpy()))
+    return builder.add("DequantizeLinear", builder.constant(constants.bias_codes.numpy()), scale, axis=0)
+
+
+def _quantizer(builder: Builder, node: ir.Node) -> ir.Value:
+    scale = builder.constant(np.float32(node.attributes["scale"].as_float()))
+    zero_point, low, high = (node.attributes[name].as_int() for name in ("zero_point", "low", "high"))
+    parameters = [scale, builder.constant(np.uint8(zero_point))]  # written out also where it is 0: runtimes look for it
+    codes = builder.add("QuantizeLinear", node.inputs[0], *parameters)
+    if (low, high) != (0, UINT8_TOP):
+        codes = builder.add("Clip", codes, builder.constant(np.uint8(low)), builder.constant(np.uint8(high)))
+    return builder.add("DequantizeLinear", codes, *parameters)
+
+
+def _replace_(marker: ir.Node, value: ir.Value, builder: Builder, last: ir.Node) -> None:
+    """Let everything that reads `last`, the marker or what rearranges it, read `value`."""
+    builder.place_(marker)
+    old = last.outputs[0]
+    if old.is_graph_output():
+        value.name, value.type, value.shape = old.name, old.type, old.shape
+        old.name = None
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph = marker.graph
+    assert graph is not None
+    for node in dict.fromkeys([last, marker]):
+        graph.remove(node, safe=True)
+
+
+def _text(node: ir.Node) -> str:
+    return node.attributes["key"].as_string()
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None
+    return value.name

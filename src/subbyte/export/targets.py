@@ -1,0 +1,213 @@
+"""Targets as values: where a file is to run, what that needs, and how to run it there.
+
+A target says which options it runs (`options`, what an integer programme may choose from), whether the tensors between layers have to be
+quantised for it (`int8_between`), and opens a file as it does in production, so that the file is checked there.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from subbyte.quantizers.grid import MAX_BITS, MIN_BITS
+
+if TYPE_CHECKING:
+    from subbyte.export.runtimes import WeightSite
+
+Arrays = Sequence[npt.NDArray[Any]]
+Run = Callable[[Arrays], Arrays]
+BITS = range(MIN_BITS, MAX_BITS + 1)
+
+
+class Target(ABC):
+    """Where an ONNX file is to run.
+
+    Example:
+        >>> isinstance(OnnxRuntimeCPU(), Target)
+        True
+    """
+
+    int8_between: bool
+    compact: bool = False
+
+    @property
+    def name(self) -> str:
+        """The target in a word."""
+        return type(self).__name__
+
+    @abstractmethod
+    def options(self) -> tuple[tuple[int, int | None], ...]:
+        """`(weight bits, activation bits or None)` that the target runs. Weights below 8 bits run no faster than with 8, but take less
+        room."""
+
+    @abstractmethod
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
+        """Load a file.
+
+        Args:
+            content: of the ONNX file.
+            optimized: whether the runtime may rewrite the graph.
+            threads: processor threads.
+
+        Returns:
+            A function from input arrays to output arrays.
+
+        Raises:
+            OptionError: if the runtime is not installed.
+        """
+
+    @abstractmethod
+    def kernels(self, content: bytes, sites: Mapping[str, WeightSite]) -> dict[str, str | None]:
+        """What runs each layer once the runtime has rewritten the graph.
+
+        Args:
+            content: of the ONNX file.
+            sites: of the layers' weights, by layer name.
+
+        Returns:
+            By layer name the int8 kernel; None where the layer runs in floating point.
+
+        Raises:
+            OptionError: if the runtime is not installed.
+        """
+
+
+@dataclass(frozen=True)
+class OnnxRuntimeCPU(Target):
+    """ONNX Runtime on a processor: convolutions and sums run in int8 if their outputs are quantised too.
+
+    Args:
+        compact: whether repeated groups of operators become functions of the file, which saves some 150 bytes a layer. ONNX Runtime reads
+            such files, OpenVINO 2026.4 does not.
+
+    Example:
+        >>> OnnxRuntimeCPU().options()[:2]
+        ((2, 8), (3, 8))
+    """
+
+    compact: bool = False
+    int8_between = True
+
+    def options(self) -> tuple[tuple[int, int | None], ...]:
+        """Any weights, inputs of 8 bits: fewer are no faster on a processor and take no less room."""
+        return tuple((bits, MAX_BITS) for bits in BITS)
+
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
+        """See `Target`.
+
+        Args:
+            content: of the ONNX file.
+            optimized: whether the runtime may rewrite the graph.
+            threads: processor threads.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.open_onnxruntime(content, optimized=optimized, threads=threads)
+
+    def kernels(self, content: bytes, sites: Mapping[str, WeightSite]) -> dict[str, str | None]:
+        """See `Target`.
+
+        Args:
+            content: of the ONNX file.
+            sites: of the layers' weights, by layer name.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.onnxruntime_kernels(content, sites)
+
+
+@dataclass(frozen=True)
+class OpenVINOCPU(Target):
+    """OpenVINO on a processor; the file is the one that `OnnxRuntimeCPU` gives.
+
+    Example:
+        >>> OpenVINOCPU().options() == OnnxRuntimeCPU().options()
+        True
+    """
+
+    int8_between = True
+
+    def options(self) -> tuple[tuple[int, int | None], ...]:
+        """Any weights, inputs of 8 bits."""
+        return OnnxRuntimeCPU().options()
+
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
+        """See `Target`; OpenVINO always rewrites the graph, without `optimized` it keeps float32 where it would take bfloat16.
+
+        Args:
+            content: of the ONNX file.
+            optimized: whether numbers may be kept in less than float32.
+            threads: processor threads.
+
+        Raises:
+            OptionError: if OpenVINO is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.open_openvino(content, optimized=optimized, threads=threads)
+
+    def kernels(self, content: bytes, sites: Mapping[str, WeightSite]) -> dict[str, str | None]:
+        """See `Target`.
+
+        Args:
+            content: of the ONNX file.
+            sites: of the layers' weights, by layer name.
+
+        Raises:
+            OptionError: if OpenVINO is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.openvino_kernels(content, sites)
+
+
+@dataclass(frozen=True)
+class Simulation(Target):
+    """No runtime in particular: quantisers stand where the quantized model has them, and nowhere else. Checked in ONNX Runtime, where it
+    computes what the model computes, mostly in floating point.
+
+    Example:
+        >>> (4, None) in Simulation().options()
+        True
+    """
+
+    int8_between = False
+
+    def options(self) -> tuple[tuple[int, int | None], ...]:
+        """Whatever a layer can be quantized to."""
+        return tuple((weight_bits, inputs) for weight_bits in BITS for inputs in (*BITS, None))
+
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
+        """See `Target`.
+
+        Args:
+            content: of the ONNX file.
+            optimized: whether the runtime may rewrite the graph.
+            threads: processor threads.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        return OnnxRuntimeCPU().open(content, optimized=optimized, threads=threads)
+
+    def kernels(self, content: bytes, sites: Mapping[str, WeightSite]) -> dict[str, str | None]:
+        """See `Target`.
+
+        Args:
+            content: of the ONNX file.
+            sites: of the layers' weights, by layer name.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        return OnnxRuntimeCPU().kernels(content, sites)

@@ -1,0 +1,293 @@
+"""The ONNX file computes what its simulation computes, in int8 kernels, with codes at their true width."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import subbyte
+from subbyte.export.onnx import ExportWarning
+from subbyte.model.quantized_layer import QuantizedLayer
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+spec = importlib.util.spec_from_file_location("random_graphs", Path(__file__).with_name("random_graphs.py"))
+assert spec is not None and spec.loader is not None
+random_graphs = importlib.util.module_from_spec(spec)
+sys.modules[spec.name] = random_graphs
+spec.loader.exec_module(random_graphs)
+
+pytestmark = pytest.mark.filterwarnings("ignore::subbyte.export.onnx.ExportWarning", "ignore::ResourceWarning")
+EIGHT = subbyte.Widths(8, 8)
+RUNTIME = subbyte.OnnxRuntimeCPU()
+
+
+class Residual(nn.Module):
+    """Sums, concatenation, max-pooling, a shortcut padded by channels, a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, groups=2)
+        self.third = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+        self.fourth = nn.Conv2d(16, 8, 1)
+        self.fifth = nn.Conv2d(24, 12, 1)
+        self.last = nn.Linear(12, 5)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = F.relu(self.second(x) + x)
+        x = F.relu6(self.third(x) + F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4)))
+        x = torch.cat([x, F.relu(self.fourth(x))], dim=1)
+        return self.last(F.relu(self.fifth(F.max_pool2d(x, 2))).mean((2, 3)))
+
+
+def exported(model: nn.Module, data: Tensor, path: Path, **options: object) -> tuple[subbyte.Result, subbyte.Exported]:
+    widths = options.pop("widths", EIGHT)
+    result = subbyte.quantize(model, data, widths=widths, recipe=subbyte.rounding())  # type: ignore[arg-type]
+    return result, result.export_onnx(path, threads=1, **options)  # type: ignore[arg-type]
+
+
+def run(path: Path, *inputs: Tensor, target: subbyte.Target = RUNTIME, optimized: bool = True) -> list[np.ndarray]:
+    opened = target.open(path.read_bytes(), optimized=optimized, threads=1)
+    return list(opened([x.numpy() for x in inputs]))
+
+
+def steps_between(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference in 255ths of what is expected's span."""
+    return float(np.abs(found - expected).max() / (expected.max() - expected.min()) * 255)
+
+
+def layers_of(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, QuantizedLayer)]
+
+
+def test_random_networks_compute_what_their_simulation_computes(tmp_path: Path) -> None:
+    result, samples = random_graphs.quantized_nets(0, 20)
+    done = result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert done.verification.float_layers == ()
+    expected = [output.detach().numpy() for output in done.simulation(*samples)]
+    for optimized in (False, True):
+        found = run(tmp_path / "m.onnx", *samples, optimized=optimized)
+        assert max(steps_between(a, b) for a, b in zip(found, expected, strict=True)) <= 1.0 + 1e-3
+
+
+@pytest.mark.parametrize(("symmetric", "activation_bits"), [(False, 8), (True, 4)])
+def test_affine_weights_and_narrow_inputs_stay_in_int8(symmetric: bool, activation_bits: int, tmp_path: Path) -> None:
+    result, samples = random_graphs.quantized_nets(900, 4, symmetric=symmetric, activation_bits=activation_bits)
+    done = result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert done.verification.float_layers == ()
+    expected = [output.detach().numpy() for output in done.simulation(*samples)]
+    found = run(tmp_path / "m.onnx", *samples)
+    assert max(steps_between(a, b) for a, b in zip(found, expected, strict=True)) <= 1.0 + 1e-3
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> tuple[subbyte.Result, subbyte.Exported, Path]:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx") / "m.onnx"
+    widths = subbyte.Widths(4, 8, pinned={"first": 8, "second": (3, 8), "fourth": (2, 8)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return (*exported(Residual(), torch.randn(64, 3, 8, 8), path, widths=widths), path)
+
+
+def test_every_layer_runs_in_int8(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    result, done, _ = residual
+    kernels = done.verification.kernels
+    assert list(kernels) == layers_of(result.model)
+    assert kernels == dict.fromkeys(["first", "second", "third", "fourth", "fifth"], "QLinearConv") | {"last": "QGemm"}
+
+
+def test_sums_and_concatenations_run_in_int8(residual: tuple[subbyte.Result, subbyte.Exported, Path], tmp_path: Path) -> None:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "o.onnx"), 3
+    onnxruntime.InferenceSession(str(residual[2]), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node]
+    assert kinds.count("QLinearAdd") == 2 and kinds.count("QLinearConcat") == 1
+    assert not {"Conv", "Add", "Concat", "Gemm"} & set(kinds)
+
+
+def test_the_file_has_standard_operators_only(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    model = onnx.load(residual[2])
+    onnx.checker.check_model(model, full_check=True)
+    assert [entry.domain for entry in model.opset_import] == [""] and not model.functions
+
+
+def test_codes_take_their_true_width(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    result, done, path = residual
+    kinds = onnx.TensorProto.DataType
+    stored = {tensor.data_type: 0 for tensor in onnx.load(path).graph.initializer}
+    for tensor in onnx.load(path).graph.initializer:
+        stored[tensor.data_type] += len(tensor.raw_data)
+    assert stored[kinds.INT8] == 8 * 3 * 9 + 5  # the first layer, and the zero-points that QGemm asks for
+    assert stored[kinds.INT4] == (16 * 8 * 9 + 12 * 24 + 5 * 12) // 2
+    zero_points = 8
+    assert stored[kinds.UINT8] <= -(-8 * 4 * 9 * 3 // 8) + 8 * 16 * 2 // 8 + zero_points
+    assert done.verification.size_bytes == path.stat().st_size
+
+
+def test_the_number_of_samples_is_open(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    x = torch.randn(5, 3, 8, 8)
+    whole = run(residual[2], x)[0]
+    parts = [run(residual[2], x[index : index + 1])[0] for index in range(5)]
+    assert np.allclose(whole, np.concatenate(parts), atol=1e-5)
+
+
+def test_the_simulation_is_near_the_model_and_the_float_model(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    result, done, _ = residual
+    assert done.quantizers >= 2
+    assert done.loss <= 1.5 * done.model_loss + 1e-3
+    assert done.model_loss == pytest.approx(result.loss)
+
+
+def test_functions_change_nothing_but_the_files_layout(residual: tuple[subbyte.Result, subbyte.Exported, Path], tmp_path: Path) -> None:
+    result, done, path = residual
+    compact = result.export_onnx(tmp_path / "c.onnx", subbyte.OnnxRuntimeCPU(compact=True), threads=1)
+    assert compact.verification.kernels == done.verification.kernels
+    file, plain = onnx.load(tmp_path / "c.onnx"), onnx.load(path)
+    onnx.checker.check_model(file)
+    assert len(file.functions) >= 3 and len(file.graph.node) < len(plain.graph.node) - 20
+    x = torch.randn(4, 3, 8, 8)
+    assert np.array_equal(run(path, x)[0], run(tmp_path / "c.onnx", x)[0])
+
+
+def test_openvino_reads_the_same_file(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
+    pytest.importorskip("openvino")
+    x = torch.randn(64, 3, 8, 8)
+    found = run(residual[2], x, target=subbyte.OpenVINOCPU(), optimized=False)[0]
+    assert steps_between(found, residual[1].simulation(x).detach().numpy()) <= 6.0  # it rounds its sums otherwise
+    sites_kernels = residual[0].export_onnx(residual[2].with_name("v.onnx"), subbyte.OpenVINOCPU(), threads=1).verification
+    assert sites_kernels.float_layers == ()
+    assert residual[2].read_bytes() == residual[2].with_name("v.onnx").read_bytes()
+
+
+def test_a_channel_that_is_all_but_dead_keeps_its_bias(tmp_path: Path) -> None:
+    conv = nn.Conv2d(3, 4, 3)
+    with torch.no_grad():
+        conv.weight[1] *= 1e-12
+        conv.bias[1] = 3.0
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    _, done = exported(model, torch.randn(32, 3, 8, 8), tmp_path / "m.onnx")
+    assert max(check.largest_steps for check in done.verification.checks) < 0.1
+    assert done.loss < 1.1 * done.model_loss
+
+
+def test_linear_layers_on_sequences(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
+    _, done = exported(model, torch.randn(32, 6, 8), tmp_path / "m.onnx", widths=subbyte.Widths(4, 8))
+    assert set(done.verification.kernels.values()) == {"MatMulIntegerToFloat"} and done.quantizers == 0
+    assert max(check.largest_steps for check in done.verification.checks) < 0.1
+
+
+def test_a_layer_that_is_called_twice_is_stored_once(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(16, 16, 3, padding=1), nn.Linear(16, 2)
+            self.eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(F.relu(self.conv(F.relu(self.conv(x)))).mean((2, 3)))
+
+    _, done = exported(Twice(), torch.randn(32, 16, 6, 6), tmp_path / "m.onnx")
+    assert 16 * 16 * 9 < done.verification.size_bytes < 2 * 16 * 16 * 9
+    assert done.verification.float_layers == ()
+
+
+def test_what_cannot_run_in_int8_is_an_error_or_listed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 3, 2)).eval()
+    result = subbyte.quantize(model, torch.randn(16, 3, 6, 6), recipe=subbyte.rounding())
+    with pytest.raises(subbyte.LayerError, match="layer '2': does not run in int8 in OnnxRuntimeCPU"):
+        result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert not (tmp_path / "m.onnx").exists()
+    done = result.export_onnx(tmp_path / "m.onnx", allow_float=True, threads=1)
+    assert done.verification.float_layers == ("2",) and "in floating point: 2" in str(done)
+    assert max(check.largest_steps for check in done.verification.checks) <= 1.0
+
+
+def test_simulation_takes_float_inputs_and_affine_8_bit_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)).eval()
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=False)
+    result = subbyte.quantize(model, torch.randn(16, 3, 6, 6), widths=subbyte.Widths(8, 3, pinned={"0": (4, None)}), recipe=recipe)
+    result.export_onnx(tmp_path / "m.onnx", subbyte.Simulation(), threads=1)
+    x = torch.randn(8, 3, 6, 6)
+    assert np.allclose(run(tmp_path / "m.onnx", x)[0], result.model(x).detach().numpy(), atol=1e-4)
+
+
+def test_a_slow_file_is_a_warning_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subbyte.export.verify.interleaved", lambda runs, inputs, repeats: [2.0, 1.0])
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    result = subbyte.quantize(model, torch.randn(32, 4), recipe=subbyte.rounding())
+    with pytest.warns(ExportWarning, match="not faster: 2.000 ms a sample in OnnxRuntimeCPU, the float model 1.000 ms"):
+        done = result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert "WARNING: the file is not faster" in str(done)
+    with pytest.raises(subbyte.ModelError, match="not faster.*nothing was written"):
+        result.export_onnx(tmp_path / "n.onnx", require_faster=True, threads=1)
+    assert not (tmp_path / "n.onnx").exists()
+
+
+def test_a_model_that_cannot_be_traced_is_an_error(tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 2)
+            self.eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x if float(x.sum()) > 0 else -x)
+
+    result = subbyte.quantize(Branching(), torch.randn(32, 4), recipe=subbyte.rounding())
+    with pytest.raises(subbyte.ModelError, match="torch.export cannot follow this Branching"):
+        result.export_onnx(tmp_path / "m.onnx", threads=1)
+
+
+@settings(max_examples=25)
+@given(
+    bits=st.integers(2, 8),
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_widened_codes_are_the_codes(bits: int, counts: list[int], symmetric: bool, seed: int) -> None:
+    import onnx_ir as ir
+    import onnxruntime
+
+    from subbyte.export.onnx_builder import Builder
+    from subbyte.export.widening import Stored, widen_
+    from subbyte.quantizers.grid import Grid
+
+    if bits == 8 and not symmetric:
+        return
+    grid, chance = Grid(bits, symmetric=symmetric), np.random.default_rng(seed)
+    stored = {}
+    for index, count in enumerate(counts):
+        codes = chance.integers(grid.lowest, grid.highest + 1, (count, 3)).astype(np.int16)
+        zero = None if symmetric else chance.integers(0, grid.highest + 1, (count, 1)).astype(np.int32)
+        stored[str(index)] = Stored(codes, grid, zero)
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="g")
+    builder = Builder(graph)
+    values = widen_(builder, stored)
+    for value in values.values():
+        out = builder.add("Identity", value)
+        out.type = ir.TensorType(ir.DataType.INT8)
+        graph.outputs.append(out)
+    graph.extend(builder.nodes)
+    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    found = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {})
+    for item, codes in zip(stored.values(), found, strict=True):
+        expected = item.codes - (0 if item.zero_point is None else item.zero_point)
+        assert codes.dtype == np.int8 and np.array_equal(codes, expected)
