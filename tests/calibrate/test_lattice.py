@@ -314,3 +314,23 @@ def test_lattice_corrects_what_arrives_wrong(make_problem: MakeProblem) -> None:
     problem = replace(problem, fit=smaller[0], held_out=smaller[1])
     solution = Lattice().solve(problem, torch.Generator().manual_seed(0))
     assert relative_error(problem, solution, problem.held_out) < 1e-3
+
+
+def test_what_is_shared_between_widths_changes_nothing(make_problem: MakeProblem) -> None:
+    """Several weight grids on one problem, one after the other and in any order, give what each gives alone."""
+    grids = [Grid(bits, symmetric=True) for bits in (4, 2, 8)]
+    alone = {grid: Lattice().solve(make_problem(weight_grid=grid), torch.Generator().manual_seed(0)) for grid in grids}
+    for order in (grids, grids[::-1]):
+        shared = make_problem()
+        for grid in order:
+            found = Lattice().solve(replace(shared, weight_grid=grid), torch.Generator().manual_seed(0))
+            assert torch.equal(found.codes, alone[grid].codes) and torch.equal(found.bias, alone[grid].bias)
+
+
+def test_what_is_known_of_one_problem_is_not_taken_for_another(make_problem: MakeProblem) -> None:
+    problem = make_problem()
+    Lattice().solve(problem, torch.Generator().manual_seed(0))
+    other = replace(problem, weight=problem.weight * 2, fit=Rows(problem.fit.inputs, problem.fit.targets * 2))
+    fresh = replace(other, known={})
+    found, wanted = (Lattice().solve(each, torch.Generator().manual_seed(0)) for each in (other, fresh))
+    assert torch.equal(found.codes, wanted.codes) and torch.equal(found.scale, wanted.scale)

@@ -11,10 +11,6 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax
 
 
-def generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
 @pytest.mark.parametrize("grid", [Grid(3, symmetric=True), Grid(3), Grid(8)], ids=str)
 def test_a_weights_step_is_the_best_candidate_of_its_channel(grid: Grid) -> None:
     weight, importance, interval = torch.randn(2, 3, 10), torch.rand(2, 10), LeastOutputError(count=7)
@@ -45,7 +41,7 @@ def test_no_importance_at_all_still_gives_a_step() -> None:
 
 def test_an_inputs_step_is_the_candidate_with_the_least_output_variance() -> None:
     inputs, weight, grid, interval = torch.randn(2, 300, 5).relu(), torch.randn(2, 4, 5), Grid(3), LeastOutputError(count=9)
-    scale, zero_point = activation_step(inputs, weight, grid, interval, generator())
+    scale, zero_point = activation_step(inputs, weight, grid, interval)
     low, high = interval.candidates(inputs.reshape(1, -1))
     costs = {}
     for k in range(len(low)):
@@ -61,18 +57,18 @@ def test_candidates_are_judged_against_given_targets_without_their_mean(bias: fl
     right = (torch.tensor(2 / 15), torch.tensor(0, dtype=torch.int32))
     wrong = [(right[0] * factor, right[1]) for factor in (0.3, 0.97, 1.03)]
     targets = fake_quantize(inputs, *right, grid) @ weight.mT + bias
-    assert least_output_error(inputs, targets, weight, [*wrong[:2], right, *wrong[2:]], grid, generator()) is right
+    assert least_output_error(inputs, targets, weight, [*wrong[:2], right, *wrong[2:]], grid) is right
 
 
 def test_a_single_candidate_needs_no_search() -> None:
     inputs, weight = torch.randn(1, 10, 3), torch.randn(1, 2, 3)
-    scale, zero_point = activation_step(inputs, weight, Grid(8), MinMax(), generator())
+    scale, zero_point = activation_step(inputs, weight, Grid(8), MinMax())
     assert (scale, zero_point) == scale_and_zero_point(inputs.min(), inputs.max(), Grid(8))
 
 
 def test_a_sketch_keeps_squared_outputs() -> None:
     weight, x = torch.randn(1, 600, 20), torch.randn(1, 200, 20)
-    small = sketched(weight, generator())
+    small = sketched(weight)
     assert small.shape == (1, SKETCH_OUTPUTS, 20)
     ratio = float((x @ small.mT).square().sum() / (x @ weight.mT).square().sum())
     assert 0.8 < ratio < 1.2
@@ -80,11 +76,11 @@ def test_a_sketch_keeps_squared_outputs() -> None:
 
 def test_a_small_layer_is_not_sketched() -> None:
     weight = torch.randn(3, SKETCH_OUTPUTS, 5)
-    assert sketched(weight, generator()) is weight
+    assert sketched(weight) is weight
 
 
 def test_a_sketched_search_finds_about_the_same_step() -> None:
     inputs, weight = torch.randn(1, 3000, 16).relu(), torch.randn(1, 8 * SKETCH_OUTPUTS, 16)
-    wide, _ = activation_step(inputs, weight, Grid(4), LeastOutputError(count=24), generator())
-    narrow, _ = activation_step(inputs, weight[:, :SKETCH_OUTPUTS], Grid(4), LeastOutputError(count=24), generator())
+    wide, _ = activation_step(inputs, weight, Grid(4), LeastOutputError(count=24))
+    narrow, _ = activation_step(inputs, weight[:, :SKETCH_OUTPUTS], Grid(4), LeastOutputError(count=24))
     assert 0.8 < float(wide / narrow) < 1.25

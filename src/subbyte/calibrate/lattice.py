@@ -34,7 +34,7 @@ from subbyte.calibrate.closest_point import closed_form_step, coordinate_descent
 from subbyte.calibrate.moments import Moments, moments_of
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver, quantized_inputs, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
-from subbyte.calibrate.steps import activation_step, least_output_error, weight_step
+from subbyte.calibrate.steps import least_output_error, starting_activation, weight_step
 from subbyte.errors import OptionError
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
@@ -95,24 +95,21 @@ class Lattice(Solver):
 
         Args:
             problem: the layer.
-            generator: used by the searches for the input's step.
+            generator: handed to `RoundToNearest` where a layer is too large.
         """
         if problem.unknowns > self.most_unknowns:
             rounded = RoundToNearest(self.weight_range, self.activation_range).solve(problem, generator)
             return replace(rounded, solver=f"{rounded.solver} ({problem.unknowns} unknowns are too many for {self.name})")
-        grid = problem.activation_grid
-        activation: tuple[Tensor, Tensor] | None = None
-        if grid is not None:
-            activation = activation_step(problem.fit.inputs, problem.weight, grid, self.activation_range, generator)
+        activation = starting_activation(problem, self.activation_range)
         best, ridge = self._from_scratch(problem, activation)
         error = relative_error(problem, best, problem.held_out)
-        improve = [self._with_better_activation] * (self.activation_rounds if grid is not None else 0)
+        improve = [self._with_better_activation] * (self.activation_rounds if activation is not None else 0)
         improve += [self._for_what_is_read] * (self.clip_rounds if problem.clip else 0)
         stuck = None
         for step in improve:
             if step == stuck:
                 continue
-            trial = step(problem, best, ridge, generator)
+            trial = step(problem, best, ridge)
             trial_error = error if trial is best else relative_error(problem, trial, problem.held_out)
             if trial_error < error:
                 best, error = trial, trial_error
@@ -122,9 +119,8 @@ class Lattice(Solver):
 
     def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[LayerSolution, float]:
         """Steps 1 to 4 for a fixed grid of the input, and the ridge whose real weights have the least error on held-out rows."""
-        moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
-        ridge = self._best_ridge(problem, moments, activation)
-        hessian, optimum = least_squares(moments, problem.weight, ridge)
+        key = (problem.activation_grid, None if activation is None else (float(activation[0]), int(activation[1])), self.ridges)
+        moments, ridge, hessian, optimum = problem.once("normal equations", key, lambda: self._normal_equations(problem, activation))
         grid, diagonal = problem.weight_grid, hessian.diagonal(dim1=1, dim2=2)
         scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
         most = max(1, CHUNK_NUMBERS // (optimum.shape[2] * len(self._starts(grid))))
@@ -133,18 +129,22 @@ class Lattice(Solver):
         scale, zero, levels = (torch.cat(values, dim=1) for values in zip(*starts, strict=True))
         return self._descended(problem, (moments, hessian, optimum), (scale, zero, levels), activation), ridge
 
-    def _with_better_activation(
-        self, problem: LayerProblem, best: LayerSolution, ridge: float, generator: torch.Generator
-    ) -> LayerSolution:
+    def _normal_equations(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[Moments, float, Tensor, Tensor]:
+        """Moments, ridge, `H` and `w*`: all that does not depend on the grid of the weights."""
+        moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
+        ridge = self._best_ridge(problem, moments, activation)
+        return moments, ridge, *least_squares(moments, problem.weight, ridge)
+
+    def _with_better_activation(self, problem: LayerProblem, best: LayerSolution, ridge: float) -> LayerSolution:
         """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; or `best` itself."""
         assert best.activation is not None and problem.activation_grid is not None
         activation, fit, weight = best.activation, problem.fit, best.weight()
         for nearby in (nearby_steps, nearby_zero_points):
             candidates = nearby(activation, problem.activation_grid.highest)
-            activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid, generator)
+            activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid)
         return best if activation is best.activation else self._from(replace(best, activation=activation), problem, ridge)
 
-    def _for_what_is_read(self, problem: LayerProblem, best: LayerSolution, ridge: float, generator: torch.Generator) -> LayerSolution:
+    def _for_what_is_read(self, problem: LayerProblem, best: LayerSolution, ridge: float) -> LayerSolution:
         """Step 6: adapt the codes to targets that ask nothing of outputs that are clipped."""
         return self._from(best, read_only(problem, best), ridge)
 

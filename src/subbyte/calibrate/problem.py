@@ -11,7 +11,9 @@ this problem and nothing else: no model, no file, no other layer.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +21,8 @@ from torch import Tensor
 from subbyte.model.clipping import Clip
 from subbyte.quantizers.affine import dequantize, fake_quantize
 from subbyte.quantizers.grid import Grid
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +52,7 @@ class LayerProblem:
         activation_grid: grid of the input, or None where the input stays in float32.
         equations: independent rows that the calibration set offers for each output channel (samples times positions).
         clip: what follows the layer reads of its output.
+        known: what `once` has computed.
 
     Example:
         >>> rows = Rows(torch.randn(1, 8, 3), torch.randn(1, 8, 2))
@@ -65,6 +70,32 @@ class LayerProblem:
     activation_grid: Grid | None
     equations: int
     clip: Clip = Clip()
+    known: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, key: Hashable, compute: Callable[[], T]) -> T:
+        """A result that does not depend on the weight grid: computed once for all grids that this layer is solved with.
+
+        Problems that `dataclasses.replace` makes of this one share what is known. Of each name the last result is kept.
+
+        Args:
+            name: of what is computed.
+            key: settings that it depends on, beside the problem's tensors.
+            compute: computes it.
+
+        Example:
+            >>> rows = Rows(torch.randn(1, 8, 3), torch.randn(1, 8, 2))
+            >>> problem = LayerProblem("fc", torch.randn(1, 2, 3), torch.zeros(1, 2), rows, rows, Grid(4), None, 8)
+            >>> import dataclasses
+            >>> coarser = dataclasses.replace(problem, weight_grid=Grid(2))
+            >>> problem.once("answer", 1, lambda: 42), coarser.once("answer", 1, lambda: 43)
+            (42, 42)
+        """
+        tensors = (self.weight, self.bias, self.fit, self.held_out)
+        kept_key, kept_tensors, result = self.known.get(name, (None, (), None))
+        if kept_key != (key,) or any(kept is not mine for kept, mine in zip(kept_tensors, tensors, strict=True)):
+            result = compute()
+            self.known[name] = ((key,), tensors, result)
+        return cast(T, result)
 
     @property
     def unknowns(self) -> int:

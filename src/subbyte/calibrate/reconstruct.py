@@ -88,7 +88,7 @@ def _solve(
     problem = problem_of(item, samples)
     samples.clear()
     found = {}
-    for option in wanted:
+    for option in sorted(wanted, key=lambda option: option[1] or 0):  # one grid of the input after the other: what they share is kept
         here = at_option(item, option)
         posed = replace(problem, weight_grid=here.weight_grid, activation_grid=here.activation_grid)
         found[option] = solve_guarded(posed, method.solver, method.baseline, generator_for(seed, f"solve {item.layer.name}"))

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
-from subbyte.calibrate.steps import activation_step, weight_step
+from subbyte.calibrate.steps import starting_activation, weight_step
 from subbyte.quantizers.affine import quantize
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
@@ -43,11 +42,9 @@ class RoundToNearest(Solver):
 
         Args:
             problem: the layer.
-            generator: used by the search for the input's step.
+            generator: not used.
         """
-        activation: tuple[Tensor, Tensor] | None = None
-        if problem.activation_grid is not None:
-            activation = activation_step(problem.fit.inputs, problem.weight, problem.activation_grid, self.activation_range, generator)
+        activation = starting_activation(problem, self.activation_range)
         importance = problem.fit.inputs.square().mean(dim=1)
         scale, zero_point = weight_step(problem.weight, importance, problem.weight_grid, self.weight_range)
         codes = quantize(problem.weight, scale[..., None], zero_point[..., None], problem.weight_grid)

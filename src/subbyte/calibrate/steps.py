@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subbyte.calibrate.problem import LayerProblem
 from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import Range
@@ -41,12 +42,11 @@ def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range)
     return step, zero
 
 
-def sketched(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Fewer output channels with the same expected squared output: `P W` with random signs `P / sqrt(k)`.
+def sketched(weight: Tensor) -> Tensor:
+    """Fewer output channels with the same expected squared output: `P W` with signs `P / sqrt(k)`, random but the same every time.
 
     Args:
         weight: `W`, float32 (G, O, n).
-        generator: source of the signs, on the CPU.
 
     Returns:
         float32 (G, min(O, k), n), k = 48; `weight` itself where O is not larger.
@@ -57,12 +57,31 @@ def sketched(weight: Tensor, generator: torch.Generator) -> Tensor:
     outputs = weight.shape[1]
     if outputs <= SKETCH_OUTPUTS:
         return weight
+    generator = torch.Generator().manual_seed(0)  # what is chosen by it depends on the layer only, not on what was drawn before
     signs = torch.randint(0, 2, (SKETCH_OUTPUTS, outputs), device="cpu", generator=generator).to(weight) * 2 - 1
     sketch: Tensor = (signs / SKETCH_OUTPUTS**0.5) @ weight
     return sketch
 
 
-def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def starting_activation(problem: LayerProblem, interval: Range) -> tuple[Tensor, Tensor] | None:
+    """`activation_step` of a problem, the same for all grids of the weights and kept for them; None where the input stays in float32.
+
+    Args:
+        problem: the layer; tensors as its docstring says.
+        interval: what to choose among.
+
+    Returns:
+        `(s_x, z_x)`, float32 () and int32 ().
+    """
+    grid = problem.activation_grid
+    if grid is None:
+        return None
+    return problem.once(
+        "starting activation", (grid, interval), lambda: activation_step(problem.fit.inputs, problem.weight, grid, interval)
+    )
+
+
+def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor]:
     """Step and zero-point of the input: the candidate with the least variance of `W (x - q(x))` (its mean is the bias' matter).
 
     Args:
@@ -70,18 +89,17 @@ def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range,
         weight: `W`, float32 (G, O, n).
         grid: grid of the input.
         interval: what to choose among, for the values of all inputs together.
-        generator: source of the random numbers, on the CPU.
 
     Returns:
         `(s_x, z_x)`, float32 () and int32 ().
     """
     low, high = interval.candidates(inputs.reshape(1, -1))  # of all rows: the search itself is content with some
     candidates = [scale_and_zero_point(low[k, 0], high[k, 0], grid) for k in range(len(low))]
-    return least_output_error(inputs, None, weight, candidates, grid, generator)
+    return least_output_error(inputs, None, weight, candidates, grid)
 
 
 def least_output_error(
-    inputs: Tensor, targets: Tensor | None, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid, generator: torch.Generator
+    inputs: Tensor, targets: Tensor | None, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid
 ) -> tuple[Tensor, Tensor]:
     """The candidate with the least variance of `y - W q(x; s_x, z_x)` over some of the rows.
 
@@ -91,7 +109,6 @@ def least_output_error(
         weight: `W` or its quantized counterpart, float32 (G, O, n).
         candidates: `(s_x, z_x)`, float32 () and int32 () each.
         grid: grid of the input.
-        generator: source of the random numbers, on the CPU.
 
     Returns:
         One of the candidates.
@@ -103,7 +120,7 @@ def least_output_error(
     inputs = inputs[:, ::every].contiguous()
     targets = inputs @ weight.mT if targets is None else targets[:, ::every]
     stacked = torch.cat([weight, targets.mT], dim=2)  # the same sketch for both
-    stacked = sketched(stacked, generator)
+    stacked = sketched(stacked)
     weight, targets = stacked[..., :n], stacked[..., n:].mT.contiguous()
     targets -= targets.mean(dim=1, keepdim=True)
     costs = []
