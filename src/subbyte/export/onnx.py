@@ -136,8 +136,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     if demands.threads is not None and demands.threads < 1:
         raise OptionError(f"threads are at least 1, not {demands.threads}")
     translation = _translation()
-    on_processor = {name: copy_of(model).cpu() for name, model in (("quantized", models.quantized), ("original", models.original))}
-    models = replace(models, **on_processor)
+    models = replace(models, quantized=copy_of(models.quantized).cpu(), original=copy_of(models.original).cpu())
     marked = translation.marked(models.quantized)
     if not marked.states:
         raise ModelError("nothing in this model is quantized, so there is nothing to export")
