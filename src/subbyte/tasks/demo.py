@@ -71,9 +71,8 @@ def within_a_budget(task: Task, folder: Path) -> None:
     widths = ", ".join(f"{name} {weight_bits}" for name, (weight_bits, _) in result.allocation.items())
     share = result.size_bytes / result.float_bytes
     print(f"\nA budget of {SHARE:g} of float32, inputs of 8 bits: the integer programme gives weights these bits: {widths}.")
-    print(
-        f"{result.size_bytes:,} bytes, {share:.4f} of float32; accuracy {task.score(result.model):.1f} % (float {task.score(task.model):.1f} %)."
-    )
+    accuracy = f"{task.score(result.model):.1f} % (float {task.score(task.model):.1f} %)"
+    print(f"{result.size_bytes:,} bytes, {share:.4f} of float32; accuracy {accuracy}.")
     path = folder / f"{task.name}.onnx"
     try:
         with warnings.catch_warnings():
