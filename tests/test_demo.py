@@ -20,8 +20,9 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     four, two = (dict(zip(("float", "rounding", "subbyte"), map(float, rows[bits][4:7]), strict=True)) for bits in (4, 2))
     assert four["float"] >= 98 and four["subbyte"] >= four["float"] - 1
     assert two["subbyte"] >= two["rounding"] + 5, "calibration should show where rounding fails"
-    (path,) = (tmp_path / "demo").iterdir()
-    assert path.name == "digits-w4a4.subbyte.safetensors"
+    path, onnx = (tmp_path / "demo" / name for name in ("digits-w4a4.subbyte.safetensors", "digits.onnx"))
+    assert set((tmp_path / "demo").iterdir()) == {path, onnx}
+    assert f"{onnx.stat().st_size:,} bytes, float" in printed and "int8 kernels: 6 of 6 layers" in printed
     assert read_packed(path).metadata["weight_bits"] == [8, 4, 4, 4, 4, 8]
     size = f"{path.stat().st_size:,}"
     assert f"packed file: {size} bytes" in printed and f"{path}: {size} bytes, to the byte what the receipt says" in printed

@@ -1,4 +1,5 @@
-"""The whole package in a minute: train a small network, quantize it at several widths, write the packed file, load it back.
+"""The whole package in a minute: train a small network, quantize it at several widths, write the packed file, load it back; then let a
+budget choose the widths, and write an ONNX file.
 
     python -m subbyte.tasks.demo          (or `make demo`)
 
@@ -8,6 +9,7 @@ as it lies on the disk.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ __all__ = ["main"]
 FOLDER = Path("demo")
 SAMPLES = 256
 WIDTHS = (8, 4, 3, 2)
+SHARE = 0.125
 SHOWN = 4  # the width whose receipt and file are shown
 
 
@@ -50,6 +53,36 @@ def main(folder: Path = FOLDER) -> None:
     assert shown is not None
     print(f"\nrounding: every number to its nearest code.\n\nThe receipt of the {SHOWN}-bit run:\n\n{shown}\n")
     write_and_load_back(task, shown, folder)
+    within_a_budget(task, folder)
+
+
+def within_a_budget(task: Task, folder: Path) -> None:
+    """An eighth of float32 with inputs of 8 bits, widths by integer programme, as an ONNX file that is run before it is written.
+
+    Args:
+        task: model and calibration samples.
+        folder: where the file goes.
+
+    Raises:
+        FileError: if the file cannot be written.
+    """
+    budget = subbyte.Budget(size=SHARE, choices=subbyte.Choices(activation_bits=(8,)))
+    result = subbyte.quantize(task.model, task.calibration, budget=budget)
+    widths = ", ".join(f"{name} {weight_bits}" for name, (weight_bits, _) in result.allocation.items())
+    share = result.size_bytes / result.float_bytes
+    print(f"\nA budget of {SHARE:g} of float32, inputs of 8 bits: the integer programme gives weights these bits: {widths}.")
+    accuracy = f"{task.score(result.model):.1f} % (float {task.score(task.model):.1f} %)"
+    print(f"{result.size_bytes:,} bytes, {share:.4f} of float32; accuracy {accuracy}.")
+    path = folder / f"{task.name}.onnx"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", subbyte.ExportWarning)  # what it says is printed below
+            exported = result.export_onnx(path, subbyte.OnnxRuntimeCPU())
+    except subbyte.OptionError as error:
+        print(f"No ONNX file: {error}")
+        return
+    print(f"\nWrote {path}, checked in ONNX Runtime:\n{exported}")
+    print("(On 8x8 pixels the time goes into starting operators; docs/results.md has networks of a usual size.)")
 
 
 def quantized(task: Task, bits: int, recipe: subbyte.Recipe) -> subbyte.Result:
