@@ -33,6 +33,10 @@ def test_the_table_of_the_main_job_is_that_of_its_rows(monkeypatch: pytest.Monke
     assert benchmark("main_job", monkeypatch).table(rows("main_job")) in RESULTS
 
 
+def test_the_table_of_low_bits_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark("low_bits", monkeypatch).table(rows("low_bits")) in RESULTS
+
+
 def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
