@@ -464,7 +464,7 @@ def _model() -> torch.nn.Module:
 @pytest.mark.filterwarnings("ignore::subbyte.ExportWarning")  # so small a network is neither smaller nor faster
 def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> None:
     pytest.importorskip("onnxruntime")
-    assert run("quantize --model net.py:Plain --data data.npz --rounding-only --weight-bits 3 --out a.st").code == 0
+    assert run("quantize --model net.py:Plain --data data.npz --recipe rounding --weight-bits 3 --out a.st").code == 0
     done = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --threads 1 --json")
     assert done.code == 0, done.err
     assert done.data["kernels"] == {"stem": "QLinearConv", "head": "QGemm"} and done.data["float_layers"] == []
