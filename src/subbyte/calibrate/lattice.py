@@ -101,7 +101,7 @@ class Lattice(Solver):
             rounded = RoundToNearest(self.weight_range, self.activation_range).solve(problem, generator)
             return replace(rounded, solver=f"{rounded.solver} ({problem.unknowns} unknowns are too many for {self.name})")
         activation = starting_activation(problem, self.activation_range)
-        best, ridge = self._from_scratch(problem, activation)
+        best = self._from_scratch(problem, activation)
         error = relative_error(problem, best, problem.held_out)
         improve = [self._with_better_activation] * (self.activation_rounds if activation is not None else 0)
         improve += [self._for_what_is_read] * (self.clip_rounds if problem.clip else 0)
@@ -109,7 +109,7 @@ class Lattice(Solver):
         for step in improve:
             if step == stuck:
                 continue
-            trial = step(problem, best, ridge)
+            trial = step(problem, best)
             trial_error = error if trial is best else relative_error(problem, trial, problem.held_out)
             if trial_error < error:
                 best, error = trial, trial_error
@@ -117,43 +117,41 @@ class Lattice(Solver):
                 stuck = step
         return best
 
-    def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[LayerSolution, float]:
-        """Steps 1 to 4 for a fixed grid of the input, and the ridge whose real weights have the least error on held-out rows."""
+    def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> LayerSolution:
+        """Steps 1 to 4 for a fixed grid of the input."""
         key = (problem.activation_grid, None if activation is None else (float(activation[0]), int(activation[1])), self.ridges)
-        moments, ridge, hessian, optimum = problem.once("normal equations", key, lambda: self._normal_equations(problem, activation))
+        normal = problem.once("normal equations", key, lambda: self._normal_equations(problem, activation))
+        _, hessian, optimum = normal
         grid, diagonal = problem.weight_grid, hessian.diagonal(dim1=1, dim2=2)
         scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
         most = max(1, CHUNK_NUMBERS // (optimum.shape[2] * len(self._starts(grid))))
         parts = zip(*(value.split(most, dim=1) for value in (optimum, scale, zero)), strict=True)  # output channels are independent
         starts = [self._best_start(w, hessian, s, z, grid) for w, s, z in parts]
         scale, zero, levels = (torch.cat(values, dim=1) for values in zip(*starts, strict=True))
-        return self._descended(problem, (moments, hessian, optimum), (scale, zero, levels), activation), ridge
+        return self._descended(problem, normal, (scale, zero, levels), activation)
 
-    def _normal_equations(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[Moments, float, Tensor, Tensor]:
-        """Moments, ridge, `H` and `w*`: all that does not depend on the grid of the weights."""
+    def _normal_equations(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[Moments, Tensor, Tensor]:
+        """Moments, `H` and `w*` with the best ridge: all that does not depend on the grid of the weights."""
         moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
-        ridge = self._best_ridge(problem, moments, activation)
-        return moments, ridge, *least_squares(moments, problem.weight, ridge)
+        return moments, *least_squares(moments, problem.weight, self._best_ridge(problem, moments, activation))
 
-    def _with_better_activation(self, problem: LayerProblem, best: LayerSolution, ridge: float) -> LayerSolution:
+    def _with_better_activation(self, problem: LayerProblem, best: LayerSolution) -> LayerSolution:
         """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; or `best` itself."""
         assert best.activation is not None and problem.activation_grid is not None
         activation, fit, weight = best.activation, problem.fit, best.weight()
         for nearby in (nearby_steps, nearby_zero_points):
             candidates = nearby(activation, problem.activation_grid.highest)
             activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid)
-        return best if activation is best.activation else self._from(replace(best, activation=activation), problem, ridge)
+        return best if activation is best.activation else self._from(replace(best, activation=activation), problem)
 
-    def _for_what_is_read(self, problem: LayerProblem, best: LayerSolution, ridge: float) -> LayerSolution:
+    def _for_what_is_read(self, problem: LayerProblem, best: LayerSolution) -> LayerSolution:
         """Step 6: adapt the codes to targets that ask nothing of outputs that are clipped."""
-        return self._from(best, read_only(problem, best), ridge)
+        return self._from(best, read_only(problem, best))
 
-    def _from(self, start: LayerSolution, problem: LayerProblem, ridge: float) -> LayerSolution:
+    def _from(self, start: LayerSolution, problem: LayerProblem) -> LayerSolution:
         """Steps 3 and 4 from the codes and the input's grid of an earlier solution."""
-        inputs = quantized_inputs(problem.fit.inputs, start.activation, problem.activation_grid)
-        moments = moments_of(inputs, problem.fit.targets)
         levels = (start.codes - start.zero_point[..., None]).float()
-        normal = (moments, *least_squares(moments, problem.weight, ridge))
+        normal = self._normal_equations(problem, start.activation)
         return self._descended(problem, normal, (start.scale, start.zero_point, levels), start.activation)
 
     def _descended(
