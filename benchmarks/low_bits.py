@@ -1,6 +1,6 @@
 """What refinements add to layers alone, at low widths: top-1 of the real networks, first and last layer at 8 bits.
 
-python benchmarks/low_bits.py --out docs/results/low_bits.json           # all rows: about an hour on two cores
+python benchmarks/low_bits.py --out docs/results/low_bits.json           # all rows: hours; go on with the same command
 python benchmarks/low_bits.py --network resnet20 --widths 3,3 --seeds 0  # a part
 python benchmarks/low_bits.py --table docs/results/low_bits.json         # print the table of an earlier run
 """

@@ -3,7 +3,7 @@
 All solvers get the same problems: the layer's float inputs (parallel flavour), rows of 256 calibration images, weights and input at the
 same width. The objective is the relative squared error of `calibrate.problem.relative_error`, on rows of the samples that are held out.
 
-    python benchmarks/solvers.py --out docs/results/solvers.json        # every row: about two hours on two cores
+    python benchmarks/solvers.py --out docs/results/solvers.json        # every row: hours; go on with the same command
     python benchmarks/solvers.py --network resnet20 --bits 4            # a part
     python benchmarks/solvers.py --table docs/results/solvers.json      # print the table of an earlier run
 """

@@ -27,7 +27,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for, spread_mask
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
 from subbyte.errors import LayerError, OptionError, naming_layer
-from subbyte.model.batches import map_tensors, probes, sample_count, tensors
+from subbyte.model.batches import floating_tensors, map_tensors, probes, sample_count
 from subbyte.model.blocks import Arguments, Block, find_blocks
 from subbyte.model.lockstep import Forward, Lockstep, Stop
 from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
@@ -181,10 +181,6 @@ def _cut(arguments: Arguments, index: Tensor) -> Arguments:
     return Arguments(*map_tensors(given, lambda tensor: tensor[index] if tensor.dim() and tensor.shape[0] == count else tensor))
 
 
-def _floats(output: object) -> list[Tensor]:
-    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
-
-
 @torch.no_grad()
 def _samples(models: Models, block: Block, stop: Stop, data: CalibrationSet) -> list[_Part]:
     """Every forward's samples at a block; none where its samples cannot be told apart."""
@@ -196,12 +192,12 @@ def _samples(models: Models, block: Block, stop: Stop, data: CalibrationSet) -> 
     for index in here:
         floats: Arguments = stop.input(index)
         samples = sample_count((floats.positional, floats.keyword))
-        targets = _floats(block.run(models.original, floats))
+        targets = floating_tensors(block.run(models.original, floats))
         if samples == 0 or not targets or any(target.dim() == 0 or target.shape[0] != samples for target in targets):
             return []
         if not parts:
             few = torch.arange(min(2, samples), device=targets[0].device)
-            alone = _floats(block.run(models.original, _cut(floats, few)))
+            alone = floating_tensors(block.run(models.original, _cut(floats, few)))
             if not all(_close(a, b[few]) for a, b in zip(alone, targets, strict=True)):
                 return []
         parts.append(_Part(stop.input(index + count), targets, spread_mask(data.held_out[index], samples).to(targets[0].device)))
@@ -251,7 +247,7 @@ def _error(model: nn.Module, block: Block, parts: Sequence[_Part]) -> float:
     for part in parts:
         for start in range(0, len(part.held_out), 64):
             some = part.chosen(torch.arange(start, min(start + 64, len(part.held_out)), device=part.held_out.device))
-            for given, wanted in zip(_floats(block.run(model, some.arguments)), some.targets, strict=True):
+            for given, wanted in zip(floating_tensors(block.run(model, some.arguments)), some.targets, strict=True):
                 above += float((given - wanted).square().sum(dtype=torch.float64))
         for wanted in part.targets:
             below += float((wanted - wanted.mean(dim=0)).square().sum(dtype=torch.float64))
@@ -289,7 +285,7 @@ class _Training:
                 count = len(part.held_out)
                 some = part.chosen(torch.randperm(count, device=device, generator=generator)[: settings.batch_samples])
                 optimizer.zero_grad()
-                outputs = _floats(self.block.run(self.model, some.arguments))
+                outputs = floating_tensors(self.block.run(self.model, some.arguments))
                 loss = torch.stack([(a - b).square().mean() for a, b in zip(outputs, some.targets, strict=True)]).sum() / scale
                 if not loss.requires_grad:
                     self.obstacle = "its outputs have no gradient"

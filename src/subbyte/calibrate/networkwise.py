@@ -32,7 +32,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
+from subbyte.model.batches import Batch, call, floating_tensors, sample_count, select_samples
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 
@@ -129,9 +129,9 @@ class _Training:
     def _loss(self, batch: Batch) -> Tensor:
         items = self.models.layers
         with torch.no_grad(), _outputs(items, [item.original for item in items]) as wanted:
-            reference = _floats(call(self.models.original, batch))
+            reference = floating_tensors(call(self.models.original, batch))
         with _outputs(items, [item.quantized for item in items]) as given:
-            outputs = _floats(call(self.models.quantized, batch))
+            outputs = floating_tensors(call(self.models.quantized, batch))
         total = torch.stack([_error(a, b) for a, b in zip(reference, outputs, strict=True)]).mean()
         calls = [(a, b) for name in wanted for a, b in zip(wanted[name], given[name], strict=False)]
         if self.settings.layer_share and calls:
@@ -152,10 +152,6 @@ class _Training:
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers
-
-
-def _floats(output: object) -> list[Tensor]:
-    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
 
 
 def _error(reference: Tensor, output: Tensor) -> Tensor:

@@ -80,6 +80,19 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(getattr(value, field.name))
 
 
+def floating_tensors(value: Any) -> list[Tensor]:
+    """Every floating-point tensor in a batch or in a model's output, in a fixed order.
+
+    Args:
+        value: see `tensors`, any shape.
+
+    Example:
+        >>> [t.item() for t in floating_tensors((torch.tensor(1.5), torch.tensor(2)))]
+        [1.5]
+    """
+    return [tensor for tensor in tensors(value) if tensor.is_floating_point()]
+
+
 def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same structure with every tensor changed.
 
