@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
-from subbyte.calibrate.loss import OutputLoss, floats
+from subbyte.calibrate.loss import OutputLoss
 from subbyte.errors import LayerError, ModelError, OptionError
-from subbyte.model.batches import Batch, call, sample_count
+from subbyte.model.batches import Batch, call, floating_tensors, sample_count
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Fisher(SensitivityMethod):
             while calls:
                 one = calls.pop()
                 changes[one.layer.item.layer.name] += one.changes(samples)
-            below = sum(float(loss.total(tensor, tensor)[1]) for tensor in floats(output))
+            below = sum(float(loss.total(tensor, tensor)[1]) for tensor in floating_tensors(output))
         return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
 
 

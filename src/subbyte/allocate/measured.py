@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
-from subbyte.calibrate.loss import OutputLoss, floats
-from subbyte.model.batches import Batch, call
+from subbyte.calibrate.loss import OutputLoss
+from subbyte.model.batches import Batch, call, floating_tensors
 from subbyte.widths import Option
 
 
@@ -52,7 +52,7 @@ class Measured(SensitivityMethod):
         """
         memory = _Memory(layers, keep=self.remember)
         with memory.standing_in():
-            reference = floats(call(model, batch))
+            reference = floating_tensors(call(model, batch))
             memory.recorded = True
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in reference)
             above = {}
@@ -60,7 +60,7 @@ class Measured(SensitivityMethod):
                 losses = []
                 for option in layer.states:
                     memory.change(layer, option)
-                    outputs = floats(call(model, batch))
+                    outputs = floating_tensors(call(model, batch))
                     losses.append(sum(float(loss.total(a, b)[0]) for a, b in zip(reference, outputs, strict=True)))
                 above[layer.item.layer.name] = torch.tensor(losses, dtype=torch.float64)
         return BatchShare(above, below)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.errors import ModelError, OptionError
-from subbyte.model.batches import Batch, call, describe, tensors
+from subbyte.model.batches import Batch, call, describe, floating_tensors
 
 
 class OutputLoss(ABC):
@@ -100,7 +100,7 @@ class KLDivergence(OutputLoss):
             sampling: Kahn, Marshall 1953.
         """
         scalar = torch.zeros(())
-        for logits in floats(output):
+        for logits in floating_tensors(output):
             log_p = (logits / self.temperature).log_softmax(dim=-1)
             p = log_p.detach().exp()
             q = p * (1.0 - 2.0 * p + p.square().sum(dim=-1, keepdim=True)).clamp(min=1e-12).sqrt()
@@ -144,7 +144,7 @@ class RelativeSquaredError(OutputLoss):
             Hutchinson 1989: `E[(r . dz)^2] = ||dz||^2`.
         """
         scalar = torch.zeros(())
-        for z in floats(output):
+        for z in floating_tensors(output):
             signs = torch.randint(0, 2, z.shape, generator=generator).to(z) * 2 - 1
             scalar = scalar.to(z.device) + (signs * z).sum()
         return scalar
@@ -202,9 +202,9 @@ def check_output(output: object) -> None:
     Raises:
         ModelError: if there is no floating-point tensor in it, or one holds NaN or infinite numbers.
     """
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in floats(output)):
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in floating_tensors(output)):
         raise ModelError(f"the float model returns NaN or infinite numbers, {describe(output)}; leave out the part that makes them")
-    if not floats(output):
+    if not floating_tensors(output):
         raise ModelError(f"the model returns {describe(output)}, no floating-point tensor, so its outputs cannot be compared")
 
 
@@ -239,14 +239,5 @@ def compare(reference: object, output: object, loss: OutputLoss) -> tuple[Tensor
     Returns:
         Two float64 ().
     """
-    totals = [loss.total(expected, given) for expected, given in zip(floats(reference), floats(output), strict=True)]
+    totals = [loss.total(expected, given) for expected, given in zip(floating_tensors(reference), floating_tensors(output), strict=True)]
     return torch.stack([top for top, _ in totals]).sum(), torch.stack([bottom for _, bottom in totals]).sum()
-
-
-def floats(output: object) -> list[Tensor]:
-    """The floating-point tensors of a model's output, of any shape, in a fixed order.
-
-    Args:
-        output: what the model returned.
-    """
-    return [tensor for tensor in tensors(output) if tensor.is_floating_point()]
