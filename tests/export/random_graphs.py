@@ -30,6 +30,7 @@ class RandomNet(nn.Module):
         draw = random.Random(seed)
         self.inputs = draw.choice([1, 3, 4])
         self.size = draw.choice([6, 8, 9])
+        self.width = self.size  # of the running tensor, never more than its height
         self.layers = nn.ModuleList()
         self.steps: list[Step] = []
         channels = self.inputs
@@ -46,6 +47,7 @@ class RandomNet(nn.Module):
         reach = dilation * (kernel - 1)
         stride = 1 if same else draw.choice([1, 1, 2])
         padding = (reach // 2,) * 4 if same else draw.choice([(reach // 2,) * 4, (0, reach, 0, reach), (reach, 0, reach, reach)])
+        self.width = (self.width + padding[0] + padding[1] - reach - 1) // stride + 1
         conv = nn.Conv2d(channels, outputs, kernel, stride, dilation=dilation, groups=groups, bias=draw.random() < 0.8)
         self.layers.append(conv)
         self.steps.append(Step("conv", len(self.layers) - 1, padding))
@@ -77,7 +79,10 @@ class RandomNet(nn.Module):
         return channels + outputs
 
     def _add_pool(self, draw: random.Random, channels: int) -> int:
-        self.steps.append(Step(draw.choice(["maxpool", "avgpool"])))
+        step = Step(draw.choice(["maxpool", "avgpool"]))
+        if self.width > 1:  # what is left of a small input cannot be pooled
+            self.steps.append(step)
+            self.width -= 1
         return self._add_conv(draw, channels)
 
     def forward(self, x: Tensor) -> Tensor:
