@@ -493,3 +493,42 @@ def test_the_recipe_s_choices_are_a_budget_s_unless_given(run: Run) -> None:
     assert {layer["weight_bits"] for layer in done.data["layers"]} <= {4, 8}
     done = run(f"{QUANTIZE} --recipe advanced --average-bits 6 --weight-choices 5,6 --json --out b.st")
     assert {layer["weight_bits"] for layer in done.data["layers"]} <= {5, 6}
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_latency_is_measured_once_and_limits_a_budget(folder: Path, run: Run) -> None:
+    pytest.importorskip("onnxruntime")
+    done = run("profile --model net.py:Plain --data data.npz --weight-choices 4,8 --threads 1 --out run/ --json")
+    assert done.code == 0, done.err
+    layers = done.data["layers"]
+    assert (done.data["target"], done.data["threads"], done.data["samples"]) == ("OnnxRuntimeCPU", 1, 1)
+    assert list(layers) == ["stem", "head"] and list(layers["stem"]) == ["float", "W4A8", "W8A8"]
+    text = run("profile --model net.py:Plain --data data.npz --weight-choices 4,8 --threads 1 --out run/").out.splitlines()
+    assert text[0].split() == ["layer", "float", "W4A8", "W8A8"] and text[3].startswith("sum") and "1 threads, 1 samples" in text[4]
+    assert [float(cell) for cell in text[1].split()[1:]] == [
+        round(1000 * layers["stem"][column]["least"], 4) for column in ("float", "W4A8", "W8A8")
+    ]  # from the bank
+    budget = "--max-latency 1000 --target onnxruntime --weight-choices 4,8 --recipe rounding --threads 1"
+    done = run(f"quantize --model net.py:Plain --data data.npz {budget} --out run/ --json")
+    assert done.code == 0, done.err
+    allocation = done.data["plan"]["allocation"]
+    chosen = {name: f"W{option[0]}A{option[1]}" for name, option in allocation["options"].items()}
+    assert allocation["latency"] == pytest.approx(sum(layers[name][option]["least"] for name, option in chosen.items()))
+    assert run("solve run --max-latency 1000 --json").data["latency"] == pytest.approx(allocation["latency"])
+    assert "layers take" in run("solve run --max-latency 1000").out
+    assert "the least is" in run("solve run --max-latency 0").err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (f"{QUANTIZE} --max-latency 1 --out a.st", "a latency is measured in a runtime"),
+        (f"{QUANTIZE} --minimize latency --max-kl 1 --out a.st", "a latency is measured in a runtime"),
+        (f"{QUANTIZE} --size 0.9 --pin head=4 --target openvino --out a.st", "OpenVINOCPU does not run; .*it runs .2, 8."),
+        (f"{QUANTIZE} --pin head=4 --target onnxruntime --out a.st", "OnnxRuntimeCPU does not run the widths .4, 4. of 'head'"),
+        ("profile --model net.py:build --data data.npz --timed-samples 0 --out run/", "at least 1"),
+    ],
+)
+def test_what_a_target_cannot_run_is_said(run: Run, line: str, message: str) -> None:
+    done = run(line)
+    assert done.code == 2 and re.search(message, done.err), done.err

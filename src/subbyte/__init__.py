@@ -17,6 +17,7 @@ from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
 from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
+from subbyte.export.latency import Profile, Timing, profile
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.packed import load
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
@@ -64,6 +65,7 @@ __all__ = [
     "OutputLoss",
     "OwnLoss",
     "Percentile",
+    "Profile",
     "Range",
     "Recipe",
     "Refinement",
@@ -75,10 +77,12 @@ __all__ = [
     "Solver",
     "SubbyteError",
     "Target",
+    "Timing",
     "Widths",
     "advanced",
     "light",
     "load",
+    "profile",
     "quantize",
     "relaxed",
     "rounding",

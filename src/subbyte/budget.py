@@ -13,6 +13,8 @@ from torch import nn
 from subbyte.calibrate.loss import Disagreement, KLDivergence, OutputLoss, RelativeSquaredError
 from subbyte.choices import Choices
 from subbyte.errors import OptionError
+from subbyte.export.latency import Profile, Timing
+from subbyte.export.targets import Target
 from subbyte.widths import Option
 
 
@@ -43,14 +45,16 @@ class Budget:
         bytes: of the packed file.
         average_bits: mean width of all weights that are quantized.
         bit_operations: multiply-accumulates of one sample times both factors' bits.
-        latency: seconds, summed over the layers' entries in `seconds`.
+        latency: seconds, summed over the layers.
         kl: KL divergence from the float model's output, a classifier's logits along the last dimension, in nats.
         relative_error: squared error of the output, as a share of the float output's square.
         agreement: percent of predictions, the largest entry along the last dimension, that are the float model's.
         accuracy_drop: how far `score` may fall below the float model's.
         score: the user's own measure, on labelled samples of theirs: takes a model, gives a number, higher is better.
         choices: options of every layer; None: the recipe's.
-        seconds: time of each layer at each of its options, by name and `(weight bits, activation bits)`.
+        target: where the model is to run: of the choices, those count that it runs.
+        seconds: time of each layer at each of its options, a profile or by name and `(weight bits, activation bits)`; or how to measure
+            it. None: where a latency counts, it is measured in the target's runtime, on the threads of torch.
         loss: what sensitivities measure; None: KL divergence where a limit says that the model is a classifier (`kl`, `agreement`,
             `accuracy_drop`), the recipe's loss otherwise.
         held_out: share of the samples that judge, where a degradation is limited: it can only be met as finely as they can tell.
@@ -80,7 +84,8 @@ class Budget:
     accuracy_drop: float | None = None
     score: Callable[[nn.Module], float] | None = None
     choices: Choices | None = None
-    seconds: Mapping[str, Mapping[Option, float]] | None = None
+    target: Target | None = None
+    seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None = None
     loss: OutputLoss | None = None
     held_out: float = 0.25
     rounds: int = 8
@@ -99,8 +104,8 @@ class Budget:
         self._check_limits()
         if (self.accuracy_drop is None) != (self.score is None):
             raise OptionError("accuracy_drop and score belong together: the score says how accurate a model is")
-        if (self.latency is not None or self.minimized is Quantity.LATENCY) and not self.seconds:
-            raise OptionError("a latency needs `seconds`: the time of each layer at each of its options")
+        if self.needs_seconds and not self.seconds and self.timing is None:
+            raise OptionError("a latency needs a `target` to measure layers in, or `seconds`, the time of each layer at each option")
         if not 0 < self.held_out <= 0.5 or self.rounds < 1:
             raise OptionError(f"held_out is above 0 and at most 0.5, rounds at least 1, not {self.held_out} and {self.rounds}")
 
@@ -120,6 +125,35 @@ class Budget:
         if self.minimize is not None:
             return Quantity(self.minimize)
         return Quantity.DEGRADATION if self.cost_limits(1) else Quantity.SIZE
+
+    @property
+    def needs_seconds(self) -> bool:
+        """Whether the time of a layer counts."""
+        return self.latency is not None or self.minimized is Quantity.LATENCY
+
+    @property
+    def timing(self) -> Timing | None:
+        """How layers are to be measured, if they are."""
+        if isinstance(self.seconds, Timing):
+            return self.seconds
+        return Timing(self.target) if self.target is not None and self.needs_seconds and self.seconds is None else None
+
+    def choices_or(self, otherwise: Choices) -> Choices:
+        """Options of every layer, of which the target, if there is one, runs all.
+
+        Args:
+            otherwise: where the budget has none.
+
+        Raises:
+            OptionError: if the target runs none of them, or not a layer's pin.
+
+        Example:
+            >>> from subbyte.export.targets import OnnxRuntimeCPU
+            >>> Budget(size=0.1, target=OnnxRuntimeCPU(), choices=Choices((2, 4))).choices_or(Choices()).of(["fc"])
+            {'fc': ((2, 8), (4, 8))}
+        """
+        choices = self.choices or otherwise
+        return choices if self.target is None else choices.within(self.target.options(), self.target.name)
 
     def cost_limits(self, float_bytes: int) -> dict[str, float]:
         """Limits on costs by name; both limits on the file's size are one, ``"bytes"``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 
 from subbyte.errors import OptionError
@@ -94,6 +94,34 @@ class Choices:
             first = next(name for name in names if name in merged)
             leader = {name: first if lead in merged else lead for name, lead in leader.items()}
         return tuple(tuple(name for name in names if leader[name] == first) for first in names if leader[first] == first)
+
+    def within(self, runs: Sequence[Option], target: str) -> Choices:
+        """These choices as far as a target runs them. Inputs that are to be as wide as their weights are as wide as the target runs them,
+        where it does not run the former.
+
+        Args:
+            runs: options of the target.
+            target: its name, for the message.
+
+        Raises:
+            OptionError: if it runs none of them, or not the pin of a layer.
+
+        Example:
+            >>> Choices((4, 8), pinned={"fc": (6, 8)}).within(((4, 8), (6, 8), (8, 8)), "a processor").of(["conv", "fc"])
+            {'conv': ((4, 8), (8, 8)), 'fc': ((6, 8),)}
+        """
+        everywhere = self._everywhere()
+        if not self.activation_bits and not set(everywhere) <= set(runs):
+            everywhere = tuple(option for option in runs if option[0] in self.weight_bits)
+        allowed = {"*": everywhere} | {pattern: tuple(as_option(option) for option in row) for pattern, row in self.allowed.items()}
+        allowed = {pattern: tuple(option for option in row if option in runs) for pattern, row in allowed.items()}
+        bad = [pattern for pattern, row in allowed.items() if not row]
+        bad += [pattern for pattern, option in self.pinned.items() if as_option(option) not in runs]
+        if bad:
+            what = f"'{bad[0]}' is pinned or restricted to" if bad[0] in {*self.pinned, *self.allowed} else "the choices are"
+            listed = ", ".join(map(str, runs))
+            raise OptionError(f"{what} options that {target} does not run; as (weight bits, activation bits) it runs {listed}")
+        return replace(self, allowed=allowed)
 
     def _everywhere(self) -> tuple[Option, ...]:
         if not self.activation_bits:

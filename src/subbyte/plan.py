@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from subbyte.allocate.allocation import Allocation, Market, allocate
-from subbyte.allocate.cost import costs_of
+from subbyte.allocate.cost import Seconds, costs_of
 from subbyte.allocate.frontier import POINTS, frontier
 from subbyte.allocate.rounds import Held, Round, hold
 from subbyte.allocate.saved import save_market
@@ -18,8 +18,9 @@ from subbyte.budget import DEGRADATION_LOSSES, Budget
 from subbyte.calibrate.reconstruct import reconstruct
 from subbyte.choices import Choices
 from subbyte.errors import InfeasibleError, OptionError
+from subbyte.export.latency import Profile, Timing, layers_at, measure_layers
 from subbyte.model.fold import Fold
-from subbyte.widths import Widths
+from subbyte.widths import Option, Widths
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +34,7 @@ class Plan:
         rounds: what was assembled and measured, in order; the kept one among them.
         measured_loss: the sensitivities' loss of the returned model on held-out samples: what `allocation.predicted` predicted.
         missed: limits on degradations that the returned model does not meet: by name, the measured value.
+        profile: measured times of the layers, where the budget came with them or asked for them.
     """
 
     budget: Budget
@@ -41,6 +43,7 @@ class Plan:
     rounds: tuple[Round, ...]
     measured_loss: float
     missed: Mapping[str, float]
+    profile: Profile | None = None
 
     @property
     def sensitivity(self) -> Sensitivity:
@@ -65,10 +68,12 @@ class Plan:
         Raises:
             InfeasibleError: if no allocation is within the limits.
         """
-        market, choices = self.market, budget.choices
-        if choices is not None:
-            names = list(market.costs.layers)
+        market, names = self.market, list(self.market.costs.layers)
+        if budget.choices is not None or budget.target is not None:
+            choices = budget.choices_or(self.budget.choices or Choices())
             market = replace(market, options=choices.of(names), groups=choices.groups(names))
+        if isinstance(budget.seconds, Mapping | Profile):
+            market = replace(market, costs=replace(market.costs, seconds=_table(budget.seconds)))
         return allocate(market, budget, most_degradation)
 
 
@@ -86,7 +91,7 @@ def asked_for(widths: Widths | None, budget: Budget | None, choices: Choices) ->
     if widths is not None and budget is not None:
         raise OptionError("give widths or a budget, not both; a budget's choices can pin layers")
     if budget is not None:
-        own = budget.choices or choices
+        own = budget.choices_or(choices)
         return replace(budget, choices=own), own
     return (widths or Widths(),) * 2
 
@@ -105,7 +110,34 @@ def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold
     """
     if isinstance(asked, Widths):
         return assembler.assemble(asked.of([layer.name for layer in assembler.layers])), None
-    return meet(assembler, survey_market(assembler, asked, folds, model), asked)
+    profile = measured_profile(assembler, asked)
+    market = survey_market(assembler, asked if profile is None else replace(asked, seconds=profile), folds, model)
+    assembled, plan = meet(assembler, market, asked)
+    return assembled, replace(plan, profile=profile)
+
+
+def measured_profile(assembler: Assembler, budget: Budget) -> Profile | None:
+    """The profile that a budget comes with, or the one that it asks for, measured now; None if it has a table or asks for none.
+
+    Args:
+        assembler: model and data.
+        budget: its target, choices and seconds.
+
+    Raises:
+        OptionError: if the runtime is not installed.
+        ModelError: if a layer cannot be run.
+    """
+    if budget.timing is None:
+        return budget.seconds if isinstance(budget.seconds, Profile) else None
+    options = (budget.choices or Choices()).of([layer.name for layer in assembler.layers])
+    layers = layers_at(assembler.original, assembler.calibration.batches, budget.timing.batch_size, list(options))
+    symmetric = assembler.recipe.symmetric_weights
+    return measure_layers(layers, options, budget.timing, assembler.kept.bank, symmetric=symmetric, observer=assembler.observer)
+
+
+def _table(seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None) -> Seconds | None:
+    """Seconds by layer name and option, where they are known."""
+    return seconds.seconds if isinstance(seconds, Profile) else seconds if isinstance(seconds, Mapping) else None
 
 
 def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], model: nn.Module) -> Market:
@@ -125,7 +157,7 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
     solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)
     asked = (recipe.sensitivity, budget.sensitivity_loss(recipe.loss))
     table = sensitivity_of(models, solved, assembler.calibration, asked, assembler.kept, assembler.observer)
-    market = Market(table, costs_of(models, first, folds, model, budget.seconds), options, choices.groups(names))
+    market = Market(table, costs_of(models, first, folds, model, _table(budget.seconds)), options, choices.groups(names))
     if assembler.kept.bank.run_folder is not None:
         save_market(assembler.kept.bank.run_folder, market)
     return market

@@ -163,7 +163,8 @@ class Result:
             LayerError: if a layer does not run in int8.
             FileError: if the file cannot be written.
         """
-        models = Exportable(self.model, self.original, self.calibration, self.recipe.loss)
+        profile = None if self.plan is None or self.plan.profile is None else (self.plan.profile, self.allocation)
+        models = Exportable(self.model, self.original, self.calibration, self.recipe.loss, profile)
         return export_onnx(models, path, target, Demands(faster=require_faster, int8=not allow_float, threads=threads))
 
     def _content(self) -> bytes:
@@ -225,6 +226,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{table.loss_name} by {table.method} over {len(table.losses)} layers and {options} options: "
         f"predicted {chosen.predicted:.4g}, measured on held-out samples {plan.measured_loss:.4g}",
     ]
+    if chosen.latency is not None:
+        lines.append(f"latency predicted by the sum of the layers: {1000 * chosen.latency:.3f} ms")
     for number, one in enumerate(plan.rounds if plan.budget.degradations else (), 1):
         values = ", ".join(f"{name} {value:.4g}" for name, value in one.measured.items())
         verdict = "met" if one.met else "missed"

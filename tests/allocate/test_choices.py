@@ -35,3 +35,15 @@ def test_tied_layers_keep_what_all_of_them_have() -> None:
 def test_what_cannot_be_served_is_said(build, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(OptionError, match=message):
         build()
+
+
+def test_a_target_leaves_what_it_runs() -> None:
+    runs = tuple((bits, 8) for bits in range(2, 9))
+    assert Choices((2, 4)).within(runs, "it").of(["out"]) == {"out": ((2, 8), (4, 8))}
+    assert Choices((2, 4), activation_bits=(4, 8)).within(runs, "it").of(["out"]) == {"out": ((2, 8), (4, 8))}
+    assert Choices((2, 8)).within([(2, 2), (8, 8), (8, 4)], "it").of(["out"]) == {"out": ((2, 2), (8, 8))}
+    within = Choices((2,), allowed={"k": [8, (4, 8), 4]}, pinned={"v": (6, 8)}, ties=[("q", "out")]).within(runs, "it")
+    assert within.of(NAMES) == {"q": ((2, 8),), "k": ((8, 8), (4, 8)), "v": ((6, 8),), "out": ((2, 8),)}
+    for choices in (Choices(pinned={"v": 4}), Choices(allowed={"v": [4]}), Choices(activation_bits=(None,))):
+        with pytest.raises(OptionError, match="options that it does not run"):
+            choices.within(runs, "it")

@@ -32,6 +32,7 @@ class Allocation:
         gap: how far the value may be above the optimum; 0 if it is proved to be one.
         status: `"optimal"`, or `"time limit"` where the search was cut off.
         seconds: the search took.
+        latency: sum of the layers' seconds; None where they are not known.
 
     Example:
         >>> Allocation({"fc": (4, 4)}, 0.1, 1000, 4.0, 64, "size", 1000.0, 1000.0, 0.0, "optimal", 0.0).options
@@ -49,6 +50,7 @@ class Allocation:
     gap: float
     status: str
     seconds: float
+    latency: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,6 +146,7 @@ def _allocation(market: Market, chosen: Mapping[str, Option], solved: Solved, co
         gap=solved.gap / counter.divisor,
         status=solved.status,
         seconds=solved.seconds,
+        latency=costs.total_latency(ordered),
     )
 
 

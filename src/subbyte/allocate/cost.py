@@ -134,6 +134,16 @@ class Costs:
             raise OptionError(f"the table of latencies has no entry for layer '{name}' at {option}; add it, or leave that option out")
         return found
 
+    def total_latency(self, allocation: Mapping[str, Option]) -> float | None:
+        """Seconds of all layers together; None where the table does not have them all.
+
+        Args:
+            allocation: `(weight bits, activation bits or None)` by layer name.
+        """
+        found = [(self.seconds or {}).get(name, {}).get(option) for name, option in allocation.items()]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if len(known) == len(found) else None
+
     @property
     def weights(self) -> int:
         """Weights of all layers that are quantized."""

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from subbyte import Budget, Choices
+from subbyte import Budget, Choices, Target
+from subbyte.allocate.cost import Seconds
 from subbyte.budget import Quantity
 from subbyte.cli.options import bits_or_none, pins_from
 from subbyte.errors import OptionError
@@ -30,6 +31,10 @@ MinAgreementOption = Annotated[
 ]
 MaxErrorOption = Annotated[
     float | None, typer.Option("--max-error", metavar="SHARE", help="Budget: relative squared error of the output, likewise measured.")
+]
+MaxLatencyOption = Annotated[
+    float | None,
+    typer.Option("--max-latency", metavar="MS", help="Budget: milliseconds of one sample, summed over the layers as measured in --target."),
 ]
 MinimizeOption = Annotated[
     Quantity | None,
@@ -90,13 +95,21 @@ def choices_from(
     return Choices([bits for bits in weights if bits is not None], inputs, pinned, include=include or ("*",), exclude=exclude or ())
 
 
-def budget_from(limits: dict[str, float | None], minimize: Quantity | None, choices: Choices, *, best_effort: bool) -> Budget | None:
+def budget_from(
+    limits: dict[str, float | None],
+    minimize: Quantity | None,
+    choices: Choices,
+    where: Target | Seconds | None = None,
+    *,
+    best_effort: bool,
+) -> Budget | None:
     """The budget that the options describe; None if they describe none.
 
     Args:
         limits: by the field of `Budget`, as given.
         minimize: as given.
         choices: options of every layer.
+        where: the model is to run, or the seconds that its layers take there, if that is known.
         best_effort: whether a limit that cannot be met is no error.
 
     Raises:
@@ -109,7 +122,23 @@ def budget_from(limits: dict[str, float | None], minimize: Quantity | None, choi
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if not given and minimize is None:
         return None
-    return Budget(minimize=minimize, choices=choices, best_effort=best_effort, **given)  # type: ignore[arg-type]
+    if where is None and ("latency" in given or minimize is Quantity.LATENCY):
+        raise OptionError("a latency is measured in a runtime: 'quantize' with --target onnxruntime or openvino measures it")
+    place = {"target": where} if isinstance(where, Target) else {"seconds": where}
+    return Budget(minimize=minimize, choices=choices, best_effort=best_effort, **place, **given)  # type: ignore[arg-type]
+
+
+def seconds_of(milliseconds: float | None) -> float | None:
+    """Seconds, if there are any.
+
+    Args:
+        milliseconds: as given.
+
+    Example:
+        >>> seconds_of(2.0), seconds_of(None)
+        (0.002, None)
+    """
+    return None if milliseconds is None else milliseconds / 1000.0
 
 
 def is_run_folder(out: str) -> bool:

@@ -13,12 +13,11 @@ import typer
 from torch import Tensor, nn
 
 import subbyte
-from subbyte import Choices, RelativeSquaredError, RowSampling
+from subbyte import Choices
 from subbyte.allocate.allocation import allocate
 from subbyte.allocate.frontier import frontier
 from subbyte.allocate.saved import load_market
 from subbyte.budget import Quantity
-from subbyte.calibrate.gather import CalibrationSet
 from subbyte.cli.budget_options import (
     PACKED_NAME,
     ActivationChoicesOption,
@@ -28,6 +27,7 @@ from subbyte.cli.budget_options import (
     FrontierOption,
     MaxErrorOption,
     MaxKLOption,
+    MaxLatencyOption,
     MaxPredictedOption,
     MinAgreementOption,
     MinimizeOption,
@@ -37,18 +37,10 @@ from subbyte.cli.budget_options import (
     budget_from,
     choices_from,
     is_run_folder,
+    seconds_of,
 )
 from subbyte.cli.evaluation import compared, logits_of
-from subbyte.cli.export_options import (
-    AllowFloatOption,
-    CompactOption,
-    ExportedPackedOption,
-    FasterOption,
-    OnnxOption,
-    TargetName,
-    TargetOption,
-    target_from,
-)
+from subbyte.cli.export_options import RunsOnOption, target_from, widths_on
 from subbyte.cli.model_source import opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
@@ -92,12 +84,11 @@ from subbyte.cli.options import (
     shape_from,
     widths_from,
 )
-from subbyte.cli.show import allocation_text, as_json, evaluation_text, exported_data, frontier_text, result_data, survey_data, survey_text
+from subbyte.cli.show import allocation_text, as_json, evaluation_text, frontier_text, result_data, survey_data, survey_text
 from subbyte.errors import DataError, OptionError
-from subbyte.export.onnx import Demands, Exportable, export_onnx
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import state_bytes
-from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
+from subbyte.model.batches import DEFAULT_BATCH_SIZE
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
@@ -122,7 +113,9 @@ def quantize(
     max_kl: MaxKLOption = None,
     min_agreement: MinAgreementOption = None,
     max_error: MaxErrorOption = None,
+    max_latency: MaxLatencyOption = None,
     minimize: MinimizeOption = None,
+    target: RunsOnOption = None,
     weight_choices: WeightChoicesOption = None,
     activation_choices: ActivationChoicesOption = None,
     best_effort: BestEffortOption = False,  # noqa: FBT002
@@ -153,10 +146,14 @@ def quantize(
     recipe = recipe_from(recipe_name, flavour, symmetric=symmetric)
     choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
-    budget = budget_from(limits | {"relative_error": max_error}, minimize, choices, best_effort=best_effort)
+    limits |= {"relative_error": max_error, "latency": seconds_of(max_latency)}
+    runs_on = None if target is None else target_from(target, compact=False)
+    budget = budget_from(limits, minimize, choices, runs_on, best_effort=best_effort)
     if budget is not None and (weight_bits is not None or activation_bits is not None):
         raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")
     widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude) if budget is None else None
+    if widths is not None and runs_on is not None:
+        widths_on(widths, runs_on)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
@@ -183,6 +180,7 @@ def solve(
     size: SizeOption = None,
     bytes_limit: BytesOption = None,
     average_bits: AverageBitsOption = None,
+    max_latency: MaxLatencyOption = None,
     max_predicted: MaxPredictedOption = None,
     minimize: MinimizeOption = None,
     list_frontier: FrontierOption = False,  # noqa: FBT002
@@ -200,10 +198,11 @@ def solve(
         typer.echo(as_json({"frontier": [asdict(point) for point in points]}) if as_json_object else frontier_text(points))
         return
     limits: dict[str, float | None] = {"size": size, "bytes": bytes_limit, "average_bits": average_bits}
+    limits["latency"] = seconds_of(max_latency)
     if max_predicted is not None and all(limit is None for limit in limits.values()):
         limits["size"] = 1.0
         minimize = minimize or Quantity.SIZE
-    budget = budget_from(limits, minimize, Choices(), best_effort=False)
+    budget = budget_from(limits, minimize, Choices(), market.costs.seconds, best_effort=False)
     if budget is None:
         raise OptionError("give a budget, such as --size 0.1, or --frontier to list them all")
     allocation = allocate(market, budget, max_predicted)
@@ -285,51 +284,6 @@ def evaluate(
     float_bytes = state_bytes(float_model)
     measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
-
-
-@app.command(short_help="Write a packed file as ONNX, and check it by running it.")
-def export(
-    model: ModelOption,
-    packed: ExportedPackedOption,
-    data: DataOption,
-    out: OnnxOption,
-    target: TargetOption = TargetName.ONNXRUNTIME,
-    compact: CompactOption = False,  # noqa: FBT002
-    require_faster: FasterOption = False,  # noqa: FBT002
-    allow_float: AllowFloatOption = False,  # noqa: FBT002
-    image_size: ImageSizeOption = None,
-    mean: MeanOption = None,
-    std: StdOption = None,
-    channel_order: ChannelOrderOption = None,
-    value_range: ValueRangeOption = None,
-    key: KeyOption = None,
-    samples: SamplesOption = None,
-    batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
-    seed: SeedOption = 0,
-    threads: ThreadsOption = None,
-    force: ForceOption = False,  # noqa: FBT002
-    as_json_object: JsonOption = False,  # noqa: FBT002
-    debug: DebugOption = False,  # noqa: FBT002
-) -> None:
-    """Write a packed file as an ONNX file of standard operators, and check it by running it.
-
-    SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
-    then put into evaluation mode. --data: what it was quantized with; sums and concatenations between layers get 8-bit grids from it, and
-    an eighth of it is held out to compare the file with its simulation. The file is written whole or not at all.
-    """
-    chosen, demands = target_from(target, compact=compact), Demands(faster=require_faster, int8=not allow_float, threads=threads)
-    check_positive("--batch-size", batch_size)
-    set_threads_(threads)
-    check_free(out, force=force)
-    preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
-    with opened_model(model) as float_model:
-        check_model(float_model)
-        quantized = subbyte.load(packed, into=float_model)
-        batches = as_batches(load_samples(data, preprocessing, limit=samples, key=key).split(batch_size))
-        calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
-        exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
-        done = export_onnx(exportable, out, chosen, demands)
-    typer.echo(as_json(exported_data(done)) if as_json_object else f"{done}\nwrote {out}")
 
 
 def _opened(file: Path, float_model: nn.Module) -> nn.Module:

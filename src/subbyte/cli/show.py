@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from subbyte import Exported, Result
+from subbyte import Exported, Profile, Result
 from subbyte.allocate.allocation import Allocation, Market
 from subbyte.allocate.sensitivity import option_text
 from subbyte.cli.evaluation import Evaluation
@@ -25,6 +25,8 @@ __all__ = [
     "exported_data",
     "frontier_text",
     "plan_data",
+    "profile_data",
+    "profile_text",
     "result_data",
     "survey_data",
     "survey_text",
@@ -112,11 +114,13 @@ def allocation_text(allocation: Allocation, market: Market) -> str:
         figures = f"{market.costs.layers[name].bytes(option):,}", f"{market.sensitivity.losses[name][option]:.2g}"
         rows.append((name, str(weight_bits), inputs, *figures))
     size, table = allocation.size_bytes, market.sensitivity
+    latency = "" if allocation.latency is None else f"; layers take {1000 * allocation.latency:.3f} ms"
     proof = "proved optimal" if allocation.status == "optimal" else f"at most {allocation.gap:.3g} from the optimum ({allocation.status})"
     return "\n".join(
         [
             *_columns(rows, right=(1, 2, 3, 4)),
-            f"packed file: {size:,} bytes, {market.costs.float_bytes / size:.2f} times smaller; {allocation.average_bits:.2f} bits",
+            f"packed file: {size:,} bytes, {market.costs.float_bytes / size:.2f} times smaller; "
+            f"{allocation.average_bits:.2f} bits{latency}",
             f"predicted {table.loss_name}, not measured: {allocation.predicted:.4g}; {proof} in {allocation.seconds:.2f} s",
         ]
     )
@@ -150,8 +154,47 @@ def exported_data(exported: Exported) -> dict[str, Any]:
         "loss_name": exported.loss_name,
         "loss": exported.loss,
         "model_loss": exported.model_loss,
+        "predicted_milliseconds": exported.predicted_milliseconds,
         "warnings": list(exported.warnings),
     }
+
+
+def profile_data(profile: Profile) -> dict[str, Any]:
+    """Times of layers as data, in seconds.
+
+    Args:
+        profile: what was measured.
+    """
+    return {
+        "target": profile.timing.target.name,
+        "runtime": profile.runtime,
+        "threads": profile.threads,
+        "samples": profile.timing.batch_size,
+        "layers": {
+            name: {"float": asdict(profile.floats[name])} | {option_text(option): asdict(one) for option, one in row.items()}
+            for name, row in profile.times.items()
+        },
+    }
+
+
+def profile_text(profile: Profile) -> str:
+    """Times of layers in columns, shortest ones in milliseconds, and their sums.
+
+    Args:
+        profile: what was measured.
+    """
+    options = list(dict.fromkeys(option for row in profile.times.values() for option in row))
+    rows = [("layer", "float", *(option_text(option) for option in options))]
+    for name, row in profile.times.items():
+        known = (f"{1000 * row[option].least:.4f}" if option in row else "" for option in options)
+        rows.append((name, f"{1000 * profile.floats[name].least:.4f}", *known))
+    whole = [option for option in options if all(option in row for row in profile.times.values())]
+    sums = (f"{1000 * profile.total(dict.fromkeys(profile.times, option)):.4f}" if option in whole else "" for option in options)
+    rows.append(("sum", f"{1000 * sum(one.least for one in profile.floats.values()):.4f}", *sums))
+    how = f"{profile.runtime}, {profile.threads} threads, {profile.timing.batch_size} samples"
+    return "\n".join(
+        [*_columns(rows, right=tuple(range(1, len(rows[0])))), f"milliseconds of each layer alone, shortest of repeated runs ({how})"]
+    )
 
 
 def survey_data(found: Survey, folds: Sequence[Fold]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +26,12 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.loss import OutputLoss
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
+from subbyte.export.latency import Profile
 from subbyte.export.targets import Simulation, Target
 from subbyte.export.verify import Verification, verify
 from subbyte.model.replace import copy_of
 from subbyte.run.files import write_file
+from subbyte.widths import Option
 
 
 class ExportWarning(UserWarning):
@@ -73,6 +75,7 @@ class Exported:
         model_loss: of the quantized model without those quantisers, likewise.
         verification: of the file in the runtime.
         warnings: what the user should know.
+        predicted_milliseconds: sum of the layers' median times in the profile that widths were chosen by; None without one.
 
     Example:
         >>> import subbyte, torch, tempfile, os
@@ -93,12 +96,17 @@ class Exported:
     model_loss: float
     verification: Verification
     warnings: tuple[str, ...]
+    predicted_milliseconds: float | None = None
 
     def __str__(self) -> str:
         """The figures in lines."""
         added = f"{self.quantizers} 8-bit quantisers between layers were added"
         losses = f"{self.loss_name} from the float model on held-out samples: {self.loss:.4g}, without them {self.model_loss:.4g}"
-        return "\n".join([str(self.verification), f"{added}; {losses}", *(f"WARNING: {text}" for text in self.warnings)])
+        lines = [str(self.verification), f"{added}; {losses}"]
+        if self.predicted_milliseconds is not None:
+            whole = f"measured {self.verification.milliseconds:.3f} ms for the whole file"
+            lines.append(f"predicted {self.predicted_milliseconds:.3f} ms a sample, the sum of the layers alone; {whole}")
+        return "\n".join([*lines, *(f"WARNING: {text}" for text in self.warnings)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +118,27 @@ class Exportable:
         original: the float model.
         calibration: samples, and which of them are held out.
         loss: by which models are compared.
+        profile: times of the layers, and the options that they have; None where they are not known.
     """
 
     quantized: nn.Module
     original: nn.Module
     calibration: CalibrationSet
     loss: OutputLoss
+    profile: tuple[Profile, Mapping[str, Option]] | None = None
+
+    def predicted_milliseconds(self, target: Target, threads: int) -> float | None:
+        """Of one sample, from the profile, if that is of one sample in this target on so many threads.
+
+        Args:
+            target: where a file is to run.
+            threads: processor threads.
+        """
+        if self.profile is None:
+            return None
+        timed, options = self.profile
+        same = (timed.timing.target.name, timed.threads, timed.timing.batch_size) == (target.name, threads, 1)
+        return 1000.0 * timed.median(options) if same else None
 
 
 def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target, demands: Demands) -> Exported:
@@ -161,7 +184,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     for text in told:
         warnings.warn(text, ExportWarning, stacklevel=3)
     losses = judge.loss_of(simulation), judge.loss_of(models.quantized)
-    return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told)
+    predicted = models.predicted_milliseconds(target, threads)
+    return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told, predicted)
 
 
 def _translation() -> ModuleType:

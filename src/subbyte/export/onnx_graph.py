@@ -57,6 +57,19 @@ def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConst
         ModelError: if torch.onnx cannot translate an operator of the model.
         LayerError: if a layer was translated to something that cannot hold codes.
     """
+    return with_constants(with_markers(graph, batch), constants)
+
+
+def with_markers(graph: GraphModule, batch: Batch) -> ir.Model:
+    """Translate the model's own operators; markers are operators of our own domain, for the time being.
+
+    Args:
+        graph: a placed graph, see `placement`, or that of a float model.
+        batch: an example of what it takes.
+
+    Raises:
+        ModelError: if torch.onnx cannot translate an operator of the model.
+    """
     program = exported_program(graph, batch)
     try:
         with quiet(), torch.no_grad():
@@ -67,6 +80,19 @@ def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConst
         raise ModelError(f"torch.onnx cannot translate this model: {error}") from error
     assert translated is not None
     model: ir.Model = translated.model
+    return model
+
+
+def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
+    """Put standard operators in place of markers.
+
+    Args:
+        model: what `with_markers` gave; is changed.
+        constants: of the layers, by key.
+
+    Raises:
+        LayerError: if a layer was translated to something that cannot hold codes.
+    """
     weights = _replace_markers_(model.graph, constants)
     model.opset_imports.pop(DOMAIN, None)
     return OnnxGraph(model, weights)

@@ -39,6 +39,19 @@ class WeightSite:
     outputs: tuple[str, ...]
 
 
+def version_of(module: str, extra: str) -> str:
+    """A runtime and its version.
+
+    Args:
+        module: its package.
+        extra: of subbyte, that installs it.
+
+    Raises:
+        OptionError: if it is not installed.
+    """
+    return f"{module} {_imported(module, extra).__version__}"
+
+
 def open_onnxruntime(content: bytes, *, optimized: bool, threads: int) -> Callable[[Arrays], Arrays]:
     """A file in ONNX Runtime.
 

@@ -33,11 +33,21 @@ class Target(ABC):
 
     int8_between: bool
     compact: bool = False
+    timed: bool = True
+    """Whether `open` gives the runtime itself, so that times say something about it."""
 
     @property
     def name(self) -> str:
         """The target in a word."""
         return type(self).__name__
+
+    @abstractmethod
+    def version(self) -> str:
+        """The runtime and its version.
+
+        Raises:
+            OptionError: if the runtime is not installed.
+        """
 
     @abstractmethod
     def options(self) -> tuple[tuple[int, int | None], ...]:
@@ -92,6 +102,16 @@ class OnnxRuntimeCPU(Target):
     compact: bool = False
     int8_between = True
 
+    def version(self) -> str:
+        """See `Target`.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.version_of("onnxruntime", "onnx")
+
     def options(self) -> tuple[tuple[int, int | None], ...]:
         """Any weights, inputs of 8 bits: fewer are no faster on a processor and take no less room."""
         return tuple((bits, MAX_BITS) for bits in BITS)
@@ -136,6 +156,16 @@ class OpenVINOCPU(Target):
     """
 
     int8_between = True
+
+    def version(self) -> str:
+        """See `Target`.
+
+        Raises:
+            OptionError: if OpenVINO is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.version_of("openvino", "openvino")
 
     def options(self) -> tuple[tuple[int, int | None], ...]:
         """Any weights, inputs of 8 bits."""
@@ -182,6 +212,16 @@ class Simulation(Target):
     """
 
     int8_between = False
+
+    def version(self) -> str:
+        """See `Target`.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        from subbyte.export import runtimes
+
+        return runtimes.version_of("onnxruntime", "onnx")
 
     def options(self) -> tuple[tuple[int, int | None], ...]:
         """Whatever a layer can be quantized to."""
