@@ -305,3 +305,16 @@ def test_widened_codes_are_the_codes(bits: int, counts: list[int], symmetric: bo
     for item, codes in zip(stored.values(), found, strict=True):
         expected = item.codes - (0 if item.zero_point is None else item.zero_point)
         assert codes.dtype == np.int8 and np.array_equal(codes, expected)
+
+
+def test_an_input_beside_the_middle_of_two_codes_is_rounded_as_the_runtime_rounds_it(tmp_path: Path) -> None:
+    """In float32 its quotient by the step may be the very middle, where in float64 it is not."""
+    model = nn.Sequential(nn.Linear(1, 2)).eval()
+    _, done = exported(model, torch.linspace(-3.0, 3.9, 64)[:, None], tmp_path / "m.onnx")
+    (quantizer,) = [node for node in done.simulation.graph.graph.nodes if node.target is torch.ops.subbyte.quantize.default]
+    step = torch.tensor(quantizer.args[1])
+    middles = (torch.arange(-100, 100) + 0.5).double().mul(step.double()).float()
+    near = torch.cat([middles, middles.nextafter(torch.tensor(9.0)), middles.nextafter(torch.tensor(-9.0))])
+    assert bool(((near / step).round() != (near.double() / step.double()).round()).any())
+    expected = done.simulation(near[:, None]).detach().numpy()
+    assert steps_between(run(tmp_path / "m.onnx", near[:, None], optimized=False)[0], expected) < 0.1

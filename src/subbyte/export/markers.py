@@ -79,13 +79,20 @@ class TensorGrid:
 def quantize(x: Tensor, scale: float, zero_point: int, low: int, high: int) -> Tensor:
     """The numbers of a grid that are nearest to `x`.
 
+    A simulation computes in float64. A number of float32 is divided in float32 there too, as runtimes divide a graph's input: just beside
+    the middle between two codes, the quotient may be rounded onto it.
+
     Args:
-        x: float32, any shape.
+        x: float32 or float64, any shape.
         scale: `s`.
         zero_point: `z`.
         low: smallest code.
         high: largest code.
     """
+    if x.dtype == torch.float64:
+        narrow, step = x.float(), torch.tensor(scale)
+        steps = torch.where(narrow.double() == x, (narrow / step).double(), x / step)
+        return step * ((steps.round() + zero_point).clamp(low, high) - zero_point)
     return fake_quantize(x, torch.tensor(scale), torch.tensor(zero_point), _Codes(low, high))  # type: ignore[arg-type]
 
 
