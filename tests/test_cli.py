@@ -473,6 +473,13 @@ def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> Non
     packed = run("evaluate --model net.py:Plain --data data.npz --packed a.st --json").data
     assert scored["packed_bytes"] == done.data["size_bytes"]
     assert abs(scored["agreement"] - packed["agreement"]) < 5 and abs(scored["kl"] - packed["kl"]) < 0.01
+    alone = run("evaluate --data data.npz --labels data.npz --packed a.onnx --json")
+    beside = run("evaluate --model net.py:Plain --data data.npz --labels data.npz --packed a.onnx --json").data
+    assert alone.code == 0 and "a model file may print" not in alone.err
+    assert alone.data == beside | {"float_bytes": None, "float_top1": None, "agreement": None, "kl": None}
+    assert "float" not in run("evaluate --data data.npz --labels data.npz --packed a.onnx").out
+    assert "holds its program" in run("evaluate --data data.npz --labels data.npz --packed a.st").err
+    assert run("evaluate --data data.npz --packed a.onnx").code == run("evaluate --data data.npz --labels data.npz").code == 2
     refused = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --json")
     assert refused.code == 5 and "exists" in refused.data["error"]["message"]
     assert run("export --model net.py:Plain --data data.npz --packed a.st --out b.onnx --target openvino --compact").code == 2

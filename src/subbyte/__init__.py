@@ -19,6 +19,7 @@ from subbyte.choices import Choices
 from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.latency import Profile, Timing, profile
 from subbyte.export.onnx import Exported, ExportWarning
+from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import load
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
 from subbyte.pipeline import quantize
@@ -59,6 +60,7 @@ __all__ = [
     "MinMax",
     "ModelError",
     "Networkwise",
+    "OnnxModel",
     "OnnxRuntimeCPU",
     "OpenVINOCPU",
     "OptionError",

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,6 +63,7 @@ from subbyte.cli.options import (
     MeanOption,
     ModelOption,
     OptionalDataOption,
+    OptionalModelOption,
     OutOption,
     OutputOption,
     PackedOption,
@@ -247,8 +249,8 @@ def inspect(
 
 @app.command(short_help="Score the float model and the quantized one.")
 def evaluate(
-    model: ModelOption,
     data: DataOption,
+    model: OptionalModelOption = None,
     labels: LabelsOption = None,
     packed: PackedOption = None,
     image_size: ImageSizeOption = None,
@@ -268,29 +270,33 @@ def evaluate(
     """Score the float model and, with --packed, the quantized one: top-1, agreement, KL divergence in nats, bytes.
 
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
-    then put into evaluation mode. Without --labels there is no top-1.
+    then put into evaluation mode. An .onnx file holds its program and is scored without --model, by its --labels. Without --labels there is
+    no top-1.
     """
-    if labels is None and packed is None:
-        raise OptionError("give --labels, --packed or both: otherwise there is nothing to measure")
+    if labels is None and (packed is None or model is None):
+        raise OptionError("give --labels, --packed or both, without --model --labels: otherwise there is nothing to measure")
+    if model is None and (packed is None or packed.suffix != ".onnx"):
+        raise OptionError("only an .onnx file holds its program; give --model, the Python code that builds the float model")
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
-    with opened_model(model) as float_model:
-        check_model(float_model)
+    with contextlib.ExitStack() as stack:
+        float_model = None if model is None else stack.enter_context(opened_model(model))
+        if float_model is not None:
+            check_model(float_model)
         quantized = None if packed is None else _opened(packed, float_model)
         inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
-        reference = logits_of(float_model, inputs, batch_size, output)
-        logits = None if quantized is None else logits_of(quantized, inputs, batch_size, output)
-    float_bytes = state_bytes(float_model)
-    measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
+        reference, logits = (None if m is None else logits_of(m, inputs, batch_size, output) for m in (float_model, quantized))
+    sizes = None if float_model is None else state_bytes(float_model), None if packed is None else packed.stat().st_size
+    measured = compared(reference, logits, wanted, sizes)
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
 
 
-def _opened(file: Path, float_model: nn.Module) -> nn.Module:
-    """The model of a packed file, or of an ONNX file."""
-    if file.suffix != ".onnx":
-        return subbyte.load(file, into=float_model)
-    return OnnxModel(file)
+def _opened(file: Path, float_model: nn.Module | None) -> nn.Module:
+    """The model of an ONNX file, or of a packed file, which needs the float model."""
+    if float_model is None or file.suffix == ".onnx":
+        return OnnxModel(file)
+    return subbyte.load(file, into=float_model)
 
 
 def _labelled(

@@ -23,7 +23,7 @@ __all__ = ["Evaluation", "compared", "logits_of"]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured; None where there were no labels or no packed file.
+    """What was measured; None where there were no labels, no packed file or no float model.
 
     Args:
         samples: how many.
@@ -36,7 +36,7 @@ class Evaluation:
     """
 
     samples: int
-    float_bytes: int
+    float_bytes: int | None
     float_top1: float | None
     packed_bytes: int | None
     packed_top1: float | None
@@ -78,13 +78,13 @@ def logits_of(model: nn.Module, samples: Tensor, batch_size: int, output: str | 
     return torch.cat(found)
 
 
-def compared(reference: Tensor, quantized: Tensor | None, labels: Tensor | None, sizes: tuple[int, int | None]) -> Evaluation:
+def compared(reference: Tensor | None, quantized: Tensor | None, labels: Tensor | None, sizes: tuple[int | None, int | None]) -> Evaluation:
     """Put the figures together.
 
     Args:
-        reference: the float model's logits, float32 (samples, ..., classes).
-        quantized: the quantized model's, the same shape, or None.
-        labels: int64 (samples,), or None; reference is then (samples, classes).
+        reference: the float model's logits, float32 (samples, ..., classes), or None.
+        quantized: the quantized model's, the same shape, or None; not both are None.
+        labels: int64 (samples,), or None; logits are then (samples, classes).
         sizes: bytes of the float model and of the packed file.
 
     Raises:
@@ -95,21 +95,22 @@ def compared(reference: Tensor, quantized: Tensor | None, labels: Tensor | None,
         >>> compared(torch.eye(2), torch.eye(2), torch.tensor([0, 0]), (8, 2))
         Evaluation(samples=2, float_bytes=8, float_top1=50.0, packed_bytes=2, packed_top1=50.0, agreement=100.0, kl=0.0)
     """
-    if labels is not None and (reference.dim() != 2 or int(labels.max()) >= reference.shape[1]):
-        raise DataError(
-            f"labels up to {int(labels.max())} do not fit logits {describe(reference)}; top-1 needs one label below `classes` a sample"
-        )
-    if quantized is not None and quantized.shape != reference.shape:
+    logits = [given for given in (reference, quantized) if given is not None]
+    largest = -1 if labels is None else int(labels.max())
+    for given in logits if labels is not None else ():
+        if given.dim() != 2 or largest >= given.shape[1]:
+            raise DataError(f"labels up to {largest} do not fit logits {describe(given)}; top-1 needs one label below `classes` a sample")
+    if len(logits) == 2 and logits[0].shape != logits[1].shape:
         raise ModelError(f"the float model returns {describe(reference)}, the quantized one {describe(quantized)}")
     agreement = kl = None
-    if quantized is not None:
+    if reference is not None and quantized is not None:
         agreement = _top1(quantized.flatten(0, -2), reference.flatten(0, -2).argmax(-1))
         above, below = KLDivergence().total(reference, quantized)
         kl = float(above / below)
     return Evaluation(
-        samples=len(reference),
+        samples=len(logits[0]),
         float_bytes=sizes[0],
-        float_top1=None if labels is None else _top1(reference, labels),
+        float_top1=None if labels is None or reference is None else _top1(reference, labels),
         packed_bytes=sizes[1],
         packed_top1=None if labels is None or quantized is None else _top1(quantized, labels),
         agreement=agreement,

@@ -21,6 +21,10 @@ from subbyte.widths import Option
 ModelOption = Annotated[
     str, typer.Option("--model", metavar="SOURCE", help="FILE.py:NAME or package.module:NAME. This is code, and it is run; see above.")
 ]
+OptionalModelOption = Annotated[
+    str | None,
+    typer.Option("--model", metavar="SOURCE", help="FILE.py:NAME or package.module:NAME, code that is run. An .onnx file needs none."),
+]
 DATA_HELP = "Folder of images, or a .npy, .npz or .safetensors file with samples along its first dimension."
 DataOption = Annotated[Path, typer.Option("--data", metavar="PATH", help=DATA_HELP)]
 OptionalDataOption = Annotated[Path | None, typer.Option("--data", metavar="PATH", help=DATA_HELP)]

@@ -277,11 +277,13 @@ def evaluation_text(measured: Evaluation) -> str:
         return "" if value is None else format(value, form)
 
     rows = [("", "top-1 %", "agreement %", "KL", "bytes")]
-    rows.append(("float", number(measured.float_top1, ".2f"), "", "", f"{measured.float_bytes:,}"))
+    if measured.float_bytes is not None:
+        rows.append(("float", number(measured.float_top1, ".2f"), "", "", f"{measured.float_bytes:,}"))
     last = f"{measured.samples} samples"
     if measured.packed_bytes is not None:
         figures = number(measured.packed_top1, ".2f"), number(measured.agreement, ".2f"), number(measured.kl, ".4f")
         rows.append(("quantized", *figures, f"{measured.packed_bytes:,}"))
+    if measured.float_bytes is not None and measured.packed_bytes is not None:
         last += f"; the packed file is {measured.float_bytes / measured.packed_bytes:.2f} times smaller"
     return "\n".join([*_columns(rows, right=(1, 2, 3, 4)), last])
 
