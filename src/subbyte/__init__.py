@@ -21,7 +21,7 @@ from subbyte.export.latency import Profile, Timing, profile
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import load
-from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
+from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
@@ -79,6 +79,7 @@ __all__ = [
     "Solver",
     "SubbyteError",
     "Target",
+    "TensorRT",
     "Timing",
     "Widths",
     "advanced",

@@ -113,6 +113,7 @@ class Choices:
         everywhere = self._everywhere()
         if not self.activation_bits and not set(everywhere) <= set(runs):
             everywhere = tuple(option for option in runs if option[0] in self.weight_bits)
+            everywhere = tuple(option for option in everywhere if option[1] is not None) or everywhere
         allowed = {"*": everywhere} | {pattern: tuple(as_option(option) for option in row) for pattern, row in self.allowed.items()}
         allowed = {pattern: tuple(option for option in row if option in runs) for pattern, row in allowed.items()}
         bad = [pattern for pattern, row in allowed.items() if not row]

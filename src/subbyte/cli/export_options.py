@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from subbyte import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, Widths
+from subbyte import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT, Widths
 from subbyte.errors import OptionError
 from subbyte.widths import as_option
 
@@ -23,6 +23,7 @@ class TargetName(Enum):
 
     ONNXRUNTIME = "onnxruntime"
     OPENVINO = "openvino"
+    TENSORRT = "tensorrt"
     SIMULATION = "simulation"
 
 
@@ -80,4 +81,5 @@ def target_from(name: TargetName, *, compact: bool) -> Target:
         return OnnxRuntimeCPU(compact=compact)
     if compact:
         raise OptionError(f"--compact files are read by onnxruntime, not by {name.value}")
-    return OpenVINOCPU() if name is TargetName.OPENVINO else Simulation()
+    others: dict[TargetName, Target] = {TargetName.OPENVINO: OpenVINOCPU(), TargetName.TENSORRT: TensorRT()}
+    return others.get(name, Simulation())

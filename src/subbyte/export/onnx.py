@@ -159,6 +159,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     if demands.threads is not None and demands.threads < 1:
         raise OptionError(f"threads are at least 1, not {demands.threads}")
     translation = _translation()
+    if demands.faster and not target.timed:
+        raise OptionError(f"{target.name} cannot be run here, so that no file can be required to be faster in it")
     models = replace(models, quantized=copy_of(models.quantized).cpu(), original=copy_of(models.original).cpu())
     marked = translation.marked(models.quantized)
     if not marked.states:
@@ -166,13 +168,9 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     judge = Judge.of(models.original, models.calibration, models.loss)
     example = models.calibration.batches[0]
     graph = translation.trace(marked.model, example)
-    quantizers = 0
-    if target.int8_between:
-        quantizers = translation.place_(graph, models.calibration.batches)
-    else:
-        translation.simplify_(graph)
+    quantizers = translation.place_for_(graph, models.calibration.batches, target)
     constants = translation.fix_constants_(graph, marked)
-    content, sites = translation.to_file(graph, example, constants, compact=target.compact)
+    content, sites = translation.to_file(graph, example, constants, compact=target.compact, signed_codes=target.signed_codes)
     kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxscript
@@ -30,6 +31,7 @@ from subbyte.model.operators import Convolution
 OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
 UINT8_TOP = 255
+INT4_BLOCKS = (128, 64)  # sizes that TensorRT has kernels for
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,19 +47,20 @@ class OnnxGraph:
     weights: Mapping[str, str]
 
 
-def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
+def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
     """Translate a graph.
 
     Args:
         graph: a placed graph, see `placement`, or that of a float model.
         batch: an example of what it takes.
         constants: of the layers, by key.
+        signed_codes: whether all codes are INT8 around 0 and biases float32.
 
     Raises:
         ModelError: if torch.onnx cannot translate an operator of the model.
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    return with_constants(with_markers(graph, batch), constants)
+    return with_constants(with_markers(graph, batch), constants, signed_codes=signed_codes)
 
 
 def with_markers(graph: GraphModule, batch: Batch) -> ir.Model:
@@ -83,17 +86,18 @@ def with_markers(graph: GraphModule, batch: Batch) -> ir.Model:
     return model
 
 
-def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
+def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
     """Put standard operators in place of markers.
 
     Args:
         model: what `with_markers` gave; is changed.
         constants: of the layers, by key.
+        signed_codes: whether all codes are INT8 around 0 and biases float32.
 
     Raises:
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    weights = _replace_markers_(model.graph, constants)
+    weights = _replace_markers_(model.graph, constants, signed_codes=signed_codes)
     model.opset_imports.pop(DOMAIN, None)
     return OnnxGraph(model, weights)
 
@@ -130,7 +134,7 @@ def _marker(name: str, **attributes: OpSchema.AttrType) -> Any:
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) -> dict[str, str]:
+def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], *, signed_codes: bool) -> dict[str, str]:
     """Standard operators for all markers; returns layer names by the names of their INT8 weights."""
     builder = Builder(graph)
     markers = [node for node in graph if node.domain == DOMAIN]
@@ -142,7 +146,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
         stored[key] = _stored(constants[key], sites[key])
     first = next(iter(graph), None)
     plain, owner = _without_repetition({key: item for key, item in stored.items() if _is_widened(item)}, constants)
-    widened = widen_(builder, plain)
+    widened = {key: _as_they_are(builder, item, constants[key]) for key, item in plain.items()} if signed_codes else widen_(builder, plain)
     if first is not None:
         builder.place_(first)
     codes = {key: widened[owner[key]] if key in owner else builder.constant(item.codes.astype(np.uint8)) for key, item in stored.items()}
@@ -151,9 +155,9 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
         _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
-            _replace_(node, _bias(builder, node, constants[_text(node)]), builder, node)
+            _replace_(node, _bias(builder, node, constants[_text(node)], signed_codes=signed_codes), builder, node)
         elif node.op_type == "Quantize":
-            _replace_(node, _quantizer(builder, node), builder, node)
+            _replace_(node, _quantizer(builder, node, signed_codes=signed_codes), builder, node)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
     return {_name(value): constants[key].layer for key, value in codes.items()}
@@ -208,8 +212,26 @@ def _without_repetition(stored: Mapping[str, Stored], constants: Mapping[str, La
     return plain, owner
 
 
+def _as_they_are(builder: Builder, item: Stored, constants: LayerConstants) -> ir.Value:
+    """Codes less zero-points as constants: INT4 in blocks where only the weight is quantized, otherwise INT8."""
+    codes = item.codes if item.zero_point is None else item.codes - item.zero_point
+    in_blocks = constants.input_scale is None and item.grid.bits == 4 and _block_of(constants) is not None
+    return builder.constant(codes.astype(ml_dtypes.int4 if in_blocks else np.int8))
+
+
+def _block_of(constants: LayerConstants) -> int | None:
+    """Weights that share a scale in TensorRT's INT4; None where they cannot."""
+    inputs = 0 if isinstance(constants.operator, Convolution) or not constants.grid.symmetric else constants.codes.shape[1]
+    return next((size for size in INT4_BLOCKS if inputs and inputs % size == 0), None)
+
+
 def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
     scale = constants.scale
+    block = _block_of(constants) if codes.dtype == ir.DataType.INT4 else None
+    if block is not None:
+        blocks = constants.codes.shape[1] // block
+        scales = scale.repeat(blocks, 1) if site.transposed else scale[:, None].repeat(1, blocks)
+        return builder.add("DequantizeLinear", codes, builder.constant(scales.numpy()), axis=0 if site.transposed else 1, block_size=block)
     if site.axis is None:
         spread = constants.operator.per_channel(scale, constants.codes).numpy()
         return builder.add("Mul", builder.cast(codes, ir.DataType.FLOAT), builder.constant(spread))
@@ -221,9 +243,9 @@ def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: 
     return builder.add("DequantizeLinear", *inputs, axis=site.axis)
 
 
-def _bias(builder: Builder, node: ir.Node, constants: LayerConstants) -> ir.Value:
+def _bias(builder: Builder, node: ir.Node, constants: LayerConstants, *, signed_codes: bool) -> ir.Value:
     readers = {use.node.op_type for use in node.outputs[0].uses()}
-    if constants.bias_codes is None or not readers <= {"Conv", "Gemm"}:
+    if signed_codes or constants.bias_codes is None or not readers <= {"Conv", "Gemm"}:
         step = 1.0 if constants.bias_codes is None else torch.tensor(constants.input_scale) * constants.scale
         values = constants.bias if constants.bias_codes is None else constants.bias_codes.float() * step
         return builder.constant(values.numpy())
@@ -231,13 +253,14 @@ def _bias(builder: Builder, node: ir.Node, constants: LayerConstants) -> ir.Valu
     return builder.add("DequantizeLinear", builder.constant(constants.bias_codes.numpy()), scale, axis=0)
 
 
-def _quantizer(builder: Builder, node: ir.Node) -> ir.Value:
+def _quantizer(builder: Builder, node: ir.Node, *, signed_codes: bool) -> ir.Value:
     scale = builder.constant(np.float32(node.attributes["scale"].as_float()))
     zero_point, low, high = (node.attributes[name].as_int() for name in ("zero_point", "low", "high"))
-    parameters = [scale, builder.constant(np.uint8(zero_point))]  # written out also where it is 0: runtimes look for it
+    kind, shift = (np.int8, UINT8_TOP // 2 + 1) if signed_codes else (np.uint8, 0)
+    parameters = [scale, builder.constant(kind(zero_point - shift))]  # written out also where it is 0: runtimes look for it
     codes = builder.add("QuantizeLinear", node.inputs[0], *parameters)
     if (low, high) != (0, UINT8_TOP):
-        codes = builder.add("Clip", codes, builder.constant(np.uint8(low)), builder.constant(np.uint8(high)))
+        codes = builder.add("Clip", codes, builder.constant(kind(low - shift)), builder.constant(kind(high - shift)))
     return builder.add("DequantizeLinear", codes, *parameters)
 
 

@@ -65,7 +65,7 @@ def place_(graph: GraphModule, batches: Sequence[Batch]) -> int:
     points = _points(graph)
     choices = _choices(points)
     open_points = [node for node in points if choices[node].grid is None]
-    values = _observed(graph, open_points, batches)
+    values = observed(graph, open_points, batches)
     for node in open_points:
         if choices[node].grid is None:  # a concatenation's inputs share its choice
             choices[node].grid = _tightened(_least_error(values[node], choices[node].candidates), node)
@@ -77,20 +77,21 @@ def place_(graph: GraphModule, batches: Sequence[Batch]) -> int:
     return len({id(choices[node]) for node in open_points})
 
 
-def simplify_(graph: GraphModule) -> None:
+def simplify_(graph: GraphModule, *, move: bool = True) -> None:
     """Drop nodes that do nothing, quantise in front of zero padding instead of behind it, and do nothing twice: all of it gives the same.
 
     Args:
         graph: a traced model; is changed in place.
+        move: whether quantisers are moved; otherwise they stay in front of their layers.
     """
     for node in list(graph.graph.nodes):
         if node.op == "call_function" and is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-    for node in list(graph.graph.nodes):
+    for node in list(graph.graph.nodes) if move else ():
         if is_quantize(node) and (pad := node.args[0]).target in PADS and is_copy(pad) and len(pad.users) == 1:
             with graph.graph.inserting_before(pad):
-                moved = _quantizer(graph, pad.args[0], grid_of(node))
+                moved = new_quantizer(graph, pad.args[0], grid_of(node))
             pad.replace_input_with(pad.args[0], moved)
             node.replace_all_uses_with(pad)
             graph.graph.erase_node(node)
@@ -163,8 +164,17 @@ def _tightened(grid: TensorGrid, node: Node) -> TensorGrid:
     return replace(grid, scale=float(torch.tensor(interval[1] / grid.high)))
 
 
-def _observed(graph: GraphModule, nodes: Iterable[Node], batches: Sequence[Batch]) -> dict[Node, Tensor]:
-    """Values of some nodes over the batches, a sample of them and both ends; float32 (N,)."""
+def observed(graph: GraphModule, nodes: Iterable[Node], batches: Sequence[Batch]) -> dict[Node, Tensor]:
+    """Values of some nodes over the batches, a sample of them and both ends.
+
+    Args:
+        graph: a traced model.
+        nodes: of it.
+        batches: calibration samples.
+
+    Returns:
+        float32 (N,) for each node.
+    """
     seen: dict[Node, list[Tensor]] = {node: [] for node in nodes}
     if not seen:
         return {}
@@ -211,13 +221,13 @@ def _insert_(graph: GraphModule, node: Node, choice: _Choice) -> None:
     """Quantise a node's output, hand the grid on to what follows, and fold the clip that the node is."""
     assert choice.grid is not None
     for user in choice.following:
-        user.args = (user.args[0], *_numbers(choice.grid))
+        user.args = (user.args[0], *grid_numbers(choice.grid))
     with graph.graph.inserting_after(node):
-        quantizer = _quantizer(graph, node, choice.grid)
+        quantizer = new_quantizer(graph, node, choice.grid)
     node.replace_all_uses_with(quantizer, lambda user: user is not quantizer)
     _spread_(graph, quantizer)
     while (interval := clip_of(node)) is not None and len(node.users) == 1:
-        quantizer.args = (node.args[0], *_numbers(grid_of(quantizer).clipped(*interval)))
+        quantizer.args = (node.args[0], *grid_numbers(grid_of(quantizer).clipped(*interval)))
         source = node.args[0]
         graph.graph.erase_node(node)
         assert isinstance(source, Node)
@@ -232,16 +242,28 @@ def _spread_(graph: GraphModule, quantizer: Node) -> None:
             graph.graph.erase_node(user)
         elif is_copy(user) and any(is_quantize(reader) or is_join(reader) for reader in readers(user)):
             with graph.graph.inserting_after(user):
-                repeated = _quantizer(graph, user, grid_of(quantizer))
+                repeated = new_quantizer(graph, user, grid_of(quantizer))
             user.replace_all_uses_with(repeated, lambda other, repeated=repeated: other is not repeated)  # type: ignore[misc]
             _spread_(graph, repeated)
 
 
-def _quantizer(graph: GraphModule, source: Node, grid: TensorGrid) -> Node:
-    made = graph.graph.call_function(QUANTIZE, (source, *_numbers(grid)))
+def new_quantizer(graph: GraphModule, source: Node, grid: TensorGrid) -> Node:
+    """A quantiser, where the graph inserts.
+
+    Args:
+        graph: a traced model.
+        source: what it reads.
+        grid: its grid.
+    """
+    made = graph.graph.call_function(QUANTIZE, (source, *grid_numbers(grid)))
     made.meta = {"val": source.meta.get("val")}
     return made
 
 
-def _numbers(grid: TensorGrid) -> tuple[float, int, int, int]:
+def grid_numbers(grid: TensorGrid) -> tuple[float, int, int, int]:
+    """A grid as a quantiser's arguments.
+
+    Args:
+        grid: of a tensor.
+    """
     return grid.scale, grid.zero_point, grid.low, grid.high

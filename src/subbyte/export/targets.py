@@ -33,6 +33,8 @@ class Target(ABC):
 
     int8_between: bool
     compact: bool = False
+    signed_codes: bool = False
+    """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
     timed: bool = True
     """Whether `open` gives the runtime itself, so that times say something about it."""
 
@@ -251,3 +253,56 @@ class Simulation(Target):
             OptionError: if ONNX Runtime is not installed.
         """
         return OnnxRuntimeCPU().kernels(content, sites)
+
+
+@dataclass(frozen=True)
+class TensorRT(Target):
+    """TensorRT with explicit quantization: INT8 inputs and weights with zero-point 0, or INT4 weights in blocks with float32 inputs.
+
+    There is no TensorRT here. Files are written as its documentation asks for, checked by `onnx.checker` and against what it says that its
+    kernels need, and run in ONNX Runtime as a reference for the numbers; they are not timed, and were never run on TensorRT itself.
+
+    Example:
+        >>> TensorRT().options()[-2:]
+        ((8, 8), (4, None))
+    """
+
+    int8_between = True
+    signed_codes = True
+    timed = False
+
+    def version(self) -> str:
+        """See `Target`; of the reference.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        return OnnxRuntimeCPU().version()
+
+    def options(self) -> tuple[tuple[int, int | None], ...]:
+        """Inputs of 8 bits, weights stored in 8 whatever their width; 4-bit weights with float32 inputs, linear layers only."""
+        return *OnnxRuntimeCPU().options(), (4, None)
+
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
+        """See `Target`; opens the reference, which must not rewrite the graph: it would round inputs of INT4 layers on its own account.
+
+        Args:
+            content: of the ONNX file.
+            optimized: makes no difference.
+            threads: processor threads.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        return OnnxRuntimeCPU().open(content, optimized=False, threads=threads)
+
+    def kernels(self, content: bytes, sites: Mapping[str, WeightSite]) -> dict[str, str | None]:
+        """See `Target`; what the graph qualifies for, by the documentation.
+
+        Args:
+            content: of the ONNX file.
+            sites: of the layers' weights, by layer name.
+        """
+        from subbyte.export import explicit
+
+        return explicit.qualified(content, sites)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 from torch.fx import GraphModule
@@ -13,14 +13,35 @@ from subbyte.export.onnx_file import to_file_bytes
 from subbyte.export.onnx_graph import to_onnx
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
+from subbyte.export.symmetric_placement import place_symmetric_
+from subbyte.export.targets import Target
 from subbyte.export.trace import Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Simulated", "fix_constants_", "marked", "place_", "simplify_", "to_file", "trace"]
+__all__ = ["Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace"]
+
+
+def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
+    """Insert the quantisers that a target needs between layers.
+
+    Args:
+        graph: a traced model whose layers are marked; is changed in place.
+        batches: calibration samples.
+        target: where the file is to run.
+
+    Returns:
+        How many quantisers with a grid of their own were added.
+    """
+    if target.signed_codes:
+        return place_symmetric_(graph, batches)
+    if target.int8_between:
+        return place_(graph, batches)
+    simplify_(graph)
+    return 0
 
 
 def to_file(
-    graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, compact: bool = False
+    graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, compact: bool = False, signed_codes: bool = False
 ) -> tuple[bytes, dict[str, WeightSite]]:
     """A graph as the bytes of an ONNX file.
 
@@ -29,6 +50,7 @@ def to_file(
         batch: an example of what it takes.
         constants: of the layers, by key.
         compact: whether repeated groups of operators become functions of the file.
+        signed_codes: whether all codes are INT8 around 0 and biases float32.
 
     Returns:
         The bytes, and where each layer is in the file, by layer name.
@@ -36,7 +58,7 @@ def to_file(
     Raises:
         ModelError: if the model cannot be translated.
     """
-    translated = to_onnx(graph, batch, constants)
+    translated = to_onnx(graph, batch, constants, signed_codes=signed_codes)
     content, renamed = to_file_bytes(translated.model, compact=compact)
     file = onnx.load_from_string(content).graph
     readers: dict[str, list[onnx.NodeProto]] = {}

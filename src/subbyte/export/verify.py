@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -40,11 +41,11 @@ class Verification:
     Args:
         target: name of the target.
         samples: that were compared.
-        checks: without and with the runtime's optimizations.
+        checks: without and with the runtime's optimizations; of a reference, without.
         kernels: int8 kernel of each layer, None where it runs in floating point.
         size_bytes: of the file.
         float_bytes: of the float model's file, exported the same way.
-        milliseconds: median for one sample.
+        milliseconds: median for one sample; NaN where the target's runtime is not here.
         float_milliseconds: that of the float model's file, timed in turns with it.
         threads: processor threads of the timing.
     """
@@ -79,6 +80,8 @@ class Verification:
             agreement = "" if check.agreement is None else f"agreement with the simulation {check.agreement:.2f} %, "
             how = "optimized" if check.optimized else "not optimized"
             lines.append(f"{how}: {agreement}largest difference {check.largest_steps:.2f} output steps ({self.samples} samples)")
+        if math.isnan(self.milliseconds):
+            return "\n".join([*lines, f"not timed, and run in a reference only: there is no {self.target} here"])
         timing = f"{self.milliseconds:.3f} ms a sample, float {self.float_milliseconds:.3f} ms"
         lines.append(f"{timing} ({self.speed:.2f} times faster, {self.threads} threads)")
         return "\n".join(lines)
@@ -108,12 +111,14 @@ def verify(
     """
     expected = expected_outputs(simulation, batches)
     checks = []
-    for optimized in (False, True):
+    for optimized in (False, True) if target.timed else (False,):
         run = target.open(contents[0], optimized=optimized, threads=threads)
         checks.append(compared(optimized, expected, [run(as_arrays(batch)) for batch in batches]))
     one = as_arrays(map_tensors(batches[0], lambda x: x[:1] if x.dim() and x.shape[0] == sample_count(batches[0]) else x))
-    runs = [target.open(content, optimized=True, threads=threads) for content in contents]
-    milliseconds, float_milliseconds = interleaved(runs, one, REPEATS)
+    milliseconds = float_milliseconds = math.nan
+    if target.timed:
+        runs = [target.open(content, optimized=True, threads=threads) for content in contents]
+        milliseconds, float_milliseconds = interleaved(runs, one, REPEATS)
     samples = sum(sample_count(batch) for batch in batches)
     sizes = len(contents[0]), len(contents[1])
     return Verification(target.name, samples, tuple(checks), kernels, *sizes, milliseconds, float_milliseconds, threads)
