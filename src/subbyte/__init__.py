@@ -20,6 +20,7 @@ from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, Mo
 from subbyte.export.latency import Profile, Timing, profile
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.onnx_model import OnnxModel
+from subbyte.export.pack_quantized import CompressedTensors
 from subbyte.export.packed import load
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
 from subbyte.pipeline import quantize
@@ -41,6 +42,7 @@ __all__ = [
     "Blockwise",
     "Budget",
     "Choices",
+    "CompressedTensors",
     "CosineDistance",
     "DataError",
     "ExportWarning",

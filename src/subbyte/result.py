@@ -16,6 +16,7 @@ from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
+from subbyte.export.pack_quantized import CompressedTensors, export_compressed_tensors
 from subbyte.export.packed import pack_model, to_bytes
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.fold import Fold
@@ -166,6 +167,20 @@ class Result:
         profile = None if self.plan is None or self.plan.profile is None else (self.plan.profile, self.allocation)
         models = Exportable(self.model, self.original, self.calibration, self.recipe.loss, profile)
         return export_onnx(models, path, target, Demands(faster=require_faster, int8=not allow_float, threads=threads))
+
+    def export_compressed_tensors(self, folder: str | os.PathLike[str]) -> CompressedTensors:
+        """Write a folder that compressed-tensors, transformers and vLLM read; for models whose quantized layers are linear and have
+        float32 inputs.
+
+        Args:
+            folder: is made if it is not there; its `config.json` and `model.safetensors` are replaced.
+
+        Raises:
+            ModelError: if batch norms were folded.
+            LayerError: if a layer is no linear layer, or has a quantized input.
+            FileError: if the folder cannot be written.
+        """
+        return export_compressed_tensors(Exportable(self.model, self.original, self.calibration, self.recipe.loss), folder, self.folds)
 
     def _content(self) -> bytes:
         return to_bytes(pack_model(self.model, self.structure, self.folds))
