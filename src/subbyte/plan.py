@@ -124,15 +124,19 @@ def measured_profile(assembler: Assembler, budget: Budget) -> Profile | None:
         budget: its target, choices and seconds.
 
     Raises:
-        OptionError: if the runtime is not installed.
+        OptionError: if the runtime is not installed, or the profile is of other weights than the recipe's.
         ModelError: if a layer cannot be run.
     """
+    symmetric = assembler.recipe.symmetric_weights
     if budget.timing is None:
-        return budget.seconds if isinstance(budget.seconds, Profile) else None
+        given = budget.seconds if isinstance(budget.seconds, Profile) else None
+        if given is not None and given.timing.symmetric_weights != symmetric:
+            raise OptionError("the profile is of weights with zero-points, the recipe's have none, or the other way round; measure again")
+        return given
     options = (budget.choices or Choices()).of([layer.name for layer in assembler.layers])
     layers = layers_at(assembler.original, assembler.calibration.batches, budget.timing.batch_size, list(options))
-    symmetric = assembler.recipe.symmetric_weights
-    return measure_layers(layers, options, budget.timing, assembler.kept.bank, symmetric=symmetric, observer=assembler.observer)
+    timing = replace(budget.timing, symmetric_weights=symmetric)
+    return measure_layers(layers, options, timing, assembler.kept.bank, assembler.observer)
 
 
 def _table(seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None) -> Seconds | None:

@@ -25,7 +25,7 @@ TIMING = Timing(threads=1)
 
 
 def net() -> nn.Module:
-    """Two layers that are alike, one that is called twice as often as it is wide."""
+    """Two layers that are alike, and another one."""
     return nn.Sequential(
         nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5)
     ).eval()
@@ -72,6 +72,23 @@ def test_a_layers_file_is_what_the_layer_is_in_a_whole_file(module: nn.Module, s
     plain = float_file(geometry)
     (found,) = OnnxRuntimeCPU().open(plain.content, optimized=True, threads=1)([plain.example])
     assert found.dtype == np.float32 and plain.example.shape == shape
+
+
+def test_affine_weights_of_8_bits_have_no_int8_kernel() -> None:
+    from subbyte.export.layer_files import Geometry, quantized_files
+
+    module = nn.Conv2d(4, 8, 3)
+    operator = operator_of(module)
+    assert operator is not None
+    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), False), ((7, 8), (8, 8)), OnnxRuntimeCPU())
+    assert operators(files[7, 8].content) == ["QLinearConv"] and "QLinearConv" not in operators(files[8, 8].content)
+
+
+def test_a_profile_of_other_weights_is_refused() -> None:
+    given = Profile(TIMING, 1, "none", {}, {name: {(8, 8): LayerTime(1.0, 1.0)} for name in ("0", "2", "5")})
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=False)
+    with pytest.raises(OptionError, match="profile is of weights with zero-points"):
+        subbyte.quantize(net(), DATA, budget=Budget(latency=9.0, seconds=given, choices=Choices((8,))), recipe=recipe)
 
 
 @dataclass(frozen=True)
@@ -144,8 +161,8 @@ def test_a_budget_with_a_target_measures_by_itself_and_the_export_compares(tmp_p
     assert result.plan.allocation.latency == pytest.approx(result.plan.profile.total(result.allocation))
     assert all(option[1] == 8 for option in result.allocation.values())
     done = result.export_onnx(tmp_path / "m.onnx", threads=1)
-    assert done.predicted_milliseconds == pytest.approx(1000 * result.plan.profile.median(result.allocation))
-    assert "the sum of the layers alone; measured" in str(done)
+    assert done.predicted_milliseconds == pytest.approx(1000 * result.plan.profile.total(result.allocation))
+    assert "the sum of the layers alone; the whole file" in str(done)
     assert result.export_onnx(tmp_path / "m.onnx", threads=2).predicted_milliseconds is None
     assert result.export_onnx(tmp_path / "m.onnx", Simulation(), threads=1).predicted_milliseconds is None
 

@@ -243,7 +243,7 @@ def test_simulation_takes_float_inputs_and_affine_8_bit_weights(tmp_path: Path) 
 
 
 def test_a_slow_file_is_a_warning_or_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("subbyte.export.verify.interleaved", lambda runs, inputs, repeats: [2.0, 1.0])
+    monkeypatch.setattr("subbyte.export.verify.in_turns", lambda runs, inputs, repeats: [[0.002], [0.001]])
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
     result = subbyte.quantize(model, torch.randn(32, 4), recipe=subbyte.rounding())
     with pytest.warns(ExportWarning, match="not faster: 2.000 ms a sample in OnnxRuntimeCPU, the float model 1.000 ms"):

@@ -42,6 +42,7 @@ from subbyte.cli.options import (
     SamplesOption,
     SeedOption,
     StdOption,
+    SymmetricOption,
     ThreadsOption,
     ValueRangeOption,
     check_free,
@@ -79,6 +80,7 @@ def profile(
     key: KeyOption = None,
     samples: SamplesOption = DEFAULT_BATCH_SIZE,
     threads: ThreadsOption = None,
+    symmetric: SymmetricOption = True,  # noqa: FBT002
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002
 ) -> None:
@@ -88,7 +90,7 @@ def profile(
     then put into evaluation mode. 'quantize --max-latency' with the same --out reuses what was measured.
     """
     set_threads_(threads)
-    timing = Timing(target_from(target, compact=False), threads, timed_samples)
+    timing = Timing(target_from(target, compact=False), threads, timed_samples, symmetric)
     choices = choices_from(subbyte.Choices(), (weight_choices, activation_choices), None, None, include, exclude)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     bank = subbyte.Bank(new_folder(Path(out)))

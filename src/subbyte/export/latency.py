@@ -45,6 +45,7 @@ class Timing:
         target: in whose runtime.
         threads: processor threads; None takes those of torch.
         batch_size: samples in one forward.
+        symmetric_weights: whether weights have no zero-points.
 
     Raises:
         OptionError: if a number is below 1, or the target's runtime cannot be run here.
@@ -57,6 +58,7 @@ class Timing:
     target: Target = OnnxRuntimeCPU()
     threads: int | None = None
     batch_size: int = 1
+    symmetric_weights: bool = True
 
     def __post_init__(self) -> None:
         if (self.threads is not None and self.threads < 1) or self.batch_size < 1:
@@ -116,24 +118,10 @@ class Profile:
         Raises:
             OptionError: if a layer was not measured at its option.
         """
-        return sum(one.least for one in self._at(options))
-
-    def median(self, options: Mapping[str, Option]) -> float:
-        """Seconds of all layers: the sum of their median times, which a median of the whole can be compared with.
-
-        Args:
-            options: of the layers, by name.
-
-        Raises:
-            OptionError: if a layer was not measured at its option.
-        """
-        return sum(one.median for one in self._at(options))
-
-    def _at(self, options: Mapping[str, Option]) -> list[LayerTime]:
         missing = [f"'{name}' at {option}" for name, option in options.items() if option not in self.times.get(name, {})]
         if missing:
             raise OptionError(f"not measured: {', '.join(missing)}")
-        return [self.times[name][option] for name, option in options.items()]
+        return sum(self.times[name][option].least for name, option in options.items())
 
 
 def profile(
@@ -170,7 +158,7 @@ def profile(
     names = [layer.name for layer in survey(model, batches, choices.include, choices.exclude)[0].layers]
     options = choices.within(timing.target.options(), timing.target.name).of(names)
     layers = layers_at(model, batches, timing.batch_size, names)
-    return measure_layers(layers, options, timing, Bank() if bank is None else bank, symmetric=True, observer=observer)
+    return measure_layers(layers, options, timing, Bank() if bank is None else bank, observer)
 
 
 def layers_at(model: nn.Module, batches: Sequence[Batch], batch_size: int, names: Sequence[str]) -> tuple[Layer, ...]:
@@ -199,8 +187,6 @@ def measure_layers(
     options: Mapping[str, Sequence[Option]],
     timing: Timing,
     bank: Bank,
-    *,
-    symmetric: bool,
     observer: Observer = ignore,
 ) -> Profile:
     """Measure layers at their options, unless the bank knows.
@@ -210,7 +196,6 @@ def measure_layers(
         options: `(weight bits, activation bits or None)` of each layer, by name.
         timing: how, and in which runtime.
         bank: where times are kept.
-        symmetric: whether weights have no zero-points.
         observer: is told what happens.
 
     Raises:
@@ -227,7 +212,7 @@ def measure_layers(
     floats: dict[str, LayerTime] = {}
     times: dict[str, dict[Option, LayerTime]] = {}
     for layer in layers:
-        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, symmetric)
+        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, timing.symmetric_weights)
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}

@@ -75,7 +75,7 @@ class Exported:
         model_loss: of the quantized model without those quantisers, likewise.
         verification: of the file in the runtime.
         warnings: what the user should know.
-        predicted_milliseconds: sum of the layers' median times in the profile that widths were chosen by; None without one.
+        predicted_milliseconds: sum of the layers' shortest times in the profile that widths were chosen by; None without one.
 
     Example:
         >>> import subbyte, torch, tempfile, os
@@ -104,8 +104,8 @@ class Exported:
         losses = f"{self.loss_name} from the float model on held-out samples: {self.loss:.4g}, without them {self.model_loss:.4g}"
         lines = [str(self.verification), f"{added}; {losses}"]
         if self.predicted_milliseconds is not None:
-            whole = f"measured {self.verification.milliseconds:.3f} ms for the whole file"
-            lines.append(f"predicted {self.predicted_milliseconds:.3f} ms a sample, the sum of the layers alone; {whole}")
+            whole = f"the whole file {self.verification.least_milliseconds:.3f} ms"
+            lines.append(f"shortest runs: predicted {self.predicted_milliseconds:.3f} ms a sample, the sum of the layers alone; {whole}")
         return "\n".join([*lines, *(f"WARNING: {text}" for text in self.warnings)])
 
 
@@ -138,7 +138,7 @@ class Exportable:
             return None
         timed, options = self.profile
         same = (timed.timing.target.name, timed.threads, timed.timing.batch_size) == (target.name, threads, 1)
-        return 1000.0 * timed.median(options) if same else None
+        return 1000.0 * timed.total(options) if same else None
 
 
 def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target, demands: Demands) -> Exported:

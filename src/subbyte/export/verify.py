@@ -48,6 +48,8 @@ class Verification:
         milliseconds: median for one sample; NaN where the target's runtime is not here.
         float_milliseconds: that of the float model's file, timed in turns with it.
         threads: processor threads of the timing.
+        least_milliseconds: the shortest, for one sample.
+        least_float_milliseconds: that of the float model's file.
     """
 
     target: str
@@ -59,6 +61,8 @@ class Verification:
     milliseconds: float
     float_milliseconds: float
     threads: int
+    least_milliseconds: float
+    least_float_milliseconds: float
 
     @property
     def float_layers(self) -> tuple[str, ...]:
@@ -115,13 +119,14 @@ def verify(
         run = target.open(contents[0], optimized=optimized, threads=threads)
         checks.append(compared(optimized, expected, [run(as_arrays(batch)) for batch in batches]))
     one = as_arrays(map_tensors(batches[0], lambda x: x[:1] if x.dim() and x.shape[0] == sample_count(batches[0]) else x))
-    milliseconds = float_milliseconds = math.nan
+    times = [[math.nan], [math.nan]]
     if target.timed:
-        runs = [target.open(content, optimized=True, threads=threads) for content in contents]
-        milliseconds, float_milliseconds = interleaved(runs, one, REPEATS)
+        times = in_turns([target.open(content, optimized=True, threads=threads) for content in contents], one, REPEATS)
+    medians = (1000.0 * statistics.median(seconds) for seconds in times)
+    least = (1000.0 * min(seconds) for seconds in times)
     samples = sum(sample_count(batch) for batch in batches)
     sizes = len(contents[0]), len(contents[1])
-    return Verification(target.name, samples, tuple(checks), kernels, *sizes, milliseconds, float_milliseconds, threads)
+    return Verification(target.name, samples, tuple(checks), kernels, *sizes, *medians, threads, *least)
 
 
 def expected_outputs(simulation: nn.Module, batches: Sequence[Batch]) -> list[Arrays]:
@@ -169,7 +174,18 @@ def compared(optimized: bool, expected: Sequence[Arrays], given: Sequence[Arrays
 
 
 def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float]:
-    """Median milliseconds of several functions, run in turns so that what else the machine does falls on all of them.
+    """Median milliseconds of several functions, run in turns.
+
+    Args:
+        runs: to be timed.
+        inputs: what each is called with.
+        repeats: how often.
+    """
+    return [1000.0 * statistics.median(seconds) for seconds in in_turns(runs, inputs, repeats)]
+
+
+def in_turns(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[list[float]]:
+    """Seconds of every run of several functions, run in turns so that what else the machine does falls on all of them.
 
     Args:
         runs: to be timed.
@@ -184,4 +200,4 @@ def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float
             started = time.perf_counter()
             run(inputs)
             seconds.append(time.perf_counter() - started)
-    return [1000.0 * statistics.median(seconds) for seconds in times]
+    return times
