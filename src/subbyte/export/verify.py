@@ -122,11 +122,11 @@ def verify(
     times = [[math.nan], [math.nan]]
     if target.timed:
         times = in_turns([target.open(content, optimized=True, threads=threads) for content in contents], one, REPEATS)
-    medians = (1000.0 * statistics.median(seconds) for seconds in times)
-    least = (1000.0 * min(seconds) for seconds in times)
+    medians = [1000.0 * statistics.median(seconds) for seconds in times]
+    least = [1000.0 * min(seconds) for seconds in times]
     samples = sum(sample_count(batch) for batch in batches)
     sizes = len(contents[0]), len(contents[1])
-    return Verification(target.name, samples, tuple(checks), kernels, *sizes, *medians, threads, *least)
+    return Verification(target.name, samples, tuple(checks), kernels, *sizes, medians[0], medians[1], threads, least[0], least[1])
 
 
 def expected_outputs(simulation: nn.Module, batches: Sequence[Batch]) -> list[Arrays]:
