@@ -38,12 +38,21 @@ class Operator(ABC):
         """
 
     @abstractmethod
+    def layout(self, x: Tensor) -> tuple[int, ...]:
+        """The dimensions that the output's rows are numbered in, samples first: the output's shape without its channels.
+
+        Args:
+            x: input, shape as the layer accepts it.
+        """
+
     def count(self, x: Tensor) -> tuple[int, int]:
         """`(samples, output positions of each sample)` of an input.
 
         Args:
             x: input, shape as the layer accepts it.
         """
+        samples, *positions = self.layout(x)
+        return samples, math.prod(positions)
 
     @abstractmethod
     def macs(self, x: Tensor, weight: Tensor) -> int:
@@ -120,13 +129,13 @@ class Linear(Operator):
         """
         return F.linear(x, weight, bias)
 
-    def count(self, x: Tensor) -> tuple[int, int]:
+    def layout(self, x: Tensor) -> tuple[int, ...]:
         """See `Operator`.
 
         Args:
             x: float (..., n); one dimension is one sample.
         """
-        return (1, 1) if x.dim() == 1 else (x.shape[0], math.prod(x.shape[1:-1]))
+        return tuple(x.shape[:-1]) or (1,)
 
     def macs(self, x: Tensor, weight: Tensor) -> int:
         """See `Operator`.
@@ -254,14 +263,14 @@ class Convolution(Operator):
         x = F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
         return convolve(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
-    def count(self, x: Tensor) -> tuple[int, int]:
+    def layout(self, x: Tensor) -> tuple[int, ...]:
         """See `Operator`.
 
         Args:
             x: float (samples, C_in, ...) or (C_in, ...).
         """
-        sizes = x.shape[-self.dimensions :]
-        return (x.shape[0] if x.dim() == self.dimensions + 2 else 1), math.prod(self._output_sizes(tuple(sizes)))
+        samples = x.shape[0] if x.dim() == self.dimensions + 2 else 1
+        return samples, *self._output_sizes(tuple(x.shape[-self.dimensions :]))
 
     def macs(self, x: Tensor, weight: Tensor) -> int:
         """See `Operator`. A transposed convolution multiplies every input, not every output, with its kernel.

@@ -34,6 +34,7 @@ from subbyte.calibrate.trainable import standing_in
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
+from subbyte.model.padding import real_positions, without_padding
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
@@ -171,7 +172,7 @@ class _Tuning:
     def _loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             reference = call(self._models.original, batch)
-        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss)
+        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss, batch)
         return above / below.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _values(self) -> list[Tensor]:
@@ -193,13 +194,15 @@ def _norms(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
 def _spreads(model: nn.Module, modules: Sequence[nn.Module], part: Batch, samples: int) -> dict[nn.Module, float]:
     """The standard deviation of what each module returns for a few samples; of a module that is not called, 1."""
     spreads = dict.fromkeys(modules, 1.0)
+    few = select_samples(part, torch.arange(min(samples, sample_count(part))))
+    real = real_positions(few)
 
     def note(module: nn.Module, args: object, output: Tensor) -> None:
-        spreads[module] = float(output.std(correction=0))
+        spreads[module] = float(without_padding(output, real).std(correction=0))
 
     handles = [module.register_forward_hook(note) for module in modules]
     try:
-        call(model, select_samples(part, torch.arange(min(samples, sample_count(part)))))
+        call(model, few)
     finally:
         for handle in handles:
             handle.remove()
