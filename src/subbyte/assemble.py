@@ -65,6 +65,11 @@ class Assembler:
     judge: Judge
     observer: Observer
 
+    @property
+    def tables(self) -> frozenset[str]:
+        """Names of the layers that look rows up, and whose input therefore has no width."""
+        return frozenset(layer.name for layer in self.layers if not layer.operator.multiplies)
+
     def prepare(self, options: Mapping[str, Option]) -> Models:
         """The float model beside a copy whose layers have no codes yet.
 

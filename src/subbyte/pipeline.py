@@ -81,12 +81,12 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     check_output(output)
 
     original = copy_of(model)
-    folds = fold_batch_norms_(original, found.layers if recipe.fold_batch_norms else (), batches)
+    folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
     calibration = CalibrationSet.drawn(batches, share, seed)
     kept = Kept(Bank() if bank is None else bank, run_digest(original, calibration, recipe.method, LIBRARY_VERSION))
     judge = Judge.of(original, calibration, recipe.loss)
-    clips = find_clips(original, found.layers, probes(batches)) if recipe.behind_clips else {}
+    clips = find_clips(original, found.multiplying, probes(batches)) if recipe.behind_clips else {}
     assembler = Assembler(original, found.layers, clips, norm_outputs(model, folds), calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
     judged, measured = assembled.judged, assembled.measured

@@ -19,7 +19,7 @@ from subbyte.calibrate.reconstruct import reconstruct
 from subbyte.choices import Choices
 from subbyte.errors import InfeasibleError, OptionError
 from subbyte.model.fold import Fold
-from subbyte.widths import Widths
+from subbyte.widths import Widths, for_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,8 @@ class Plan:
         market, choices = self.market, budget.choices
         if choices is not None:
             names = list(market.costs.layers)
-            market = replace(market, options=choices.of(names), groups=choices.groups(names))
+            tables = {name for name, size in market.costs.layers.items() if size.table}
+            market = replace(market, options=for_tables(choices.of(names), tables), groups=choices.groups(names))
         return allocate(market, budget, most_degradation)
 
 
@@ -104,7 +105,9 @@ def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold
         InfeasibleError: if no allocation is within the limits, as counted or as measured.
     """
     if isinstance(asked, Widths):
-        return assembler.assemble(asked.of([layer.name for layer in assembler.layers])), None
+        options = asked.of([layer.name for layer in assembler.layers])
+        only = for_tables({name: (option,) for name, option in options.items()}, assembler.tables)
+        return assembler.assemble({name: row[0] for name, row in only.items()}), None
     return meet(assembler, survey_market(assembler, asked, folds, model), asked)
 
 
@@ -119,7 +122,7 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
     """
     recipe, names = assembler.recipe, [layer.name for layer in assembler.layers]
     choices = budget.choices or Choices()
-    options = choices.of(names)
+    options = for_tables(choices.of(names), assembler.tables)
     first = {name: row[0] for name, row in options.items()}
     models = assembler.prepare(first)
     solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)

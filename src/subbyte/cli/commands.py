@@ -242,7 +242,7 @@ def inspect(
         else:
             batch = torch.randn(shape_from(input_shape or ""), generator=torch.Generator().manual_seed(0))
         found, _ = survey(float_model, [batch], include or ("*",), exclude or ())
-        folds = fold_batch_norms_(copy_of(float_model), found.layers, [batch])
+        folds = fold_batch_norms_(copy_of(float_model), found.multiplying, [batch])
     typer.echo(as_json(survey_data(found, folds)) if as_json_object else survey_text(found, folds))
 
 
