@@ -19,6 +19,7 @@ from subbyte.choices import Choices
 from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.packed import load
+from subbyte.export.pretrained import load_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
@@ -79,6 +80,7 @@ __all__ = [
     "advanced",
     "light",
     "load",
+    "load_pretrained",
     "quantize",
     "relaxed",
     "rounding",

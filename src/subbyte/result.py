@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -17,6 +18,7 @@ from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.packed import pack_model, to_bytes
+from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
@@ -137,6 +139,24 @@ class Result:
         """
         content = self._content()
         write_file(path, content)
+        return len(content)
+
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> int:
+        """Write a folder as the transformers library does: configuration, tokenizer, and the packed file in place of the weights.
+
+        Args:
+            folder: is made where it does not exist.
+            tokenizer: of the library, to be written along; or None.
+
+        Returns:
+            Size of the packed file in bytes, which is `size_bytes`. `subbyte.load_pretrained` reads the folder.
+
+        Raises:
+            ModelError: if the model is none of the library.
+            FileError: if something cannot be written.
+        """
+        content = self._content()
+        save_pretrained(self.model, content, folder, tokenizer)
         return len(content)
 
     def export_onnx(

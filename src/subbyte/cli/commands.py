@@ -4,13 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 import subbyte
 from subbyte import Choices, RelativeSquaredError, RowSampling
@@ -38,7 +37,7 @@ from subbyte.cli.budget_options import (
     choices_from,
     is_run_folder,
 )
-from subbyte.cli.evaluation import compared, logits_of
+from subbyte.cli.evaluation import compared, compared_tokens, logits_of
 from subbyte.cli.export_options import (
     AllowFloatOption,
     CompactOption,
@@ -49,7 +48,8 @@ from subbyte.cli.export_options import (
     TargetOption,
     target_from,
 )
-from subbyte.cli.model_source import opened_model
+from subbyte.cli.inputs import DataOptions, load_inputs, wanted_labels
+from subbyte.cli.model_source import HUB, opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
     BatchSizeOption,
@@ -67,6 +67,7 @@ from subbyte.cli.options import (
     KeyOption,
     LabelsKeyOption,
     LabelsOption,
+    MaxTokensOption,
     MeanOption,
     ModelOption,
     OptionalDataOption,
@@ -93,16 +94,16 @@ from subbyte.cli.options import (
     widths_from,
 )
 from subbyte.cli.show import allocation_text, as_json, evaluation_text, exported_data, frontier_text, result_data, survey_data, survey_text
-from subbyte.errors import DataError, OptionError
+from subbyte.errors import OptionError
 from subbyte.export.onnx import Demands, Exportable, export_onnx
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import state_bytes
+from subbyte.export.pretrained import is_causal, open_tokenizer
 from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.run.terminal import progress
-from subbyte.tasks import Preprocessing, load_labels, load_samples
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -135,6 +136,7 @@ def quantize(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -164,13 +166,15 @@ def quantize(
     packed = Path(out) if run is None else new_folder(run) / PACKED_NAME
     check_free(packed, force=force)
     with opened_model(model) as float_model, progress() as observer:
-        batches = load_samples(data, preprocessing, limit=samples, key=key).split(batch_size)
+        batches = load_inputs(model, float_model, data, DataOptions(preprocessing, key, samples, batch_size, most_tokens)).batches
         bank = subbyte.Bank(run)
         result = subbyte.quantize(
             float_model, batches, widths=widths, budget=budget, recipe=recipe, seed=seed, observer=observer, bank=bank
         )
         check_free(packed, force=force)
         size_bytes = result.save(packed)
+        if run is not None and model.startswith(HUB):
+            result.save_pretrained(run, open_tokenizer(model.removeprefix(HUB)))
     if as_json_object:
         typer.echo(as_json(result_data(result, packed, size_bytes)))
     else:
@@ -224,6 +228,7 @@ def inspect(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = DEFAULT_BATCH_SIZE,
+    most_tokens: MaxTokensOption = None,
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002
 ) -> None:
@@ -238,7 +243,8 @@ def inspect(
     with opened_model(model) as float_model:
         check_model(float_model)
         if data is not None:
-            batch = load_samples(data, preprocessing, limit=samples, key=key)
+            read = DataOptions(preprocessing, key, samples, samples or DEFAULT_BATCH_SIZE, most_tokens)
+            batch = load_inputs(model, float_model, data, read).batches[0]
         else:
             batch = torch.randn(shape_from(input_shape or ""), generator=torch.Generator().manual_seed(0))
         found, _ = survey(float_model, [batch], include or ("*",), exclude or ())
@@ -261,6 +267,7 @@ def evaluate(
     labels_key: LabelsKeyOption = None,
     output: OutputOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     threads: ThreadsOption = None,
     as_json_object: JsonOption = False,  # noqa: FBT002
@@ -271,7 +278,7 @@ def evaluate(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. Without --labels there is no top-1.
     """
-    if labels is None and packed is None:
+    if labels is None and packed is None and not model.startswith(HUB):
         raise OptionError("give --labels, --packed or both: otherwise there is nothing to measure")
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
@@ -279,11 +286,14 @@ def evaluate(
     with opened_model(model) as float_model:
         check_model(float_model)
         quantized = None if packed is None else _opened(packed, float_model)
-        inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
-        reference = logits_of(float_model, inputs, batch_size, output)
-        logits = None if quantized is None else logits_of(quantized, inputs, batch_size, output)
-    float_bytes = state_bytes(float_model)
-    measured = compared(reference, logits, wanted, (float_bytes, None if packed is None else packed.stat().st_size))
+        inputs = load_inputs(model, float_model, data, DataOptions(preprocessing, key, samples, batch_size, most_tokens))
+        sizes = (state_bytes(float_model), None if packed is None else packed.stat().st_size)
+        wanted = wanted_labels(labels, labels_key, samples, len(inputs.order))
+        if is_causal(float_model):
+            measured = compared_tokens(float_model, quantized, inputs, sizes)
+        else:
+            reference = logits_of(float_model, inputs, output)
+            measured = compared(reference, None if quantized is None else logits_of(quantized, inputs, output), wanted, sizes)
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
 
 
@@ -304,6 +314,7 @@ def export(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -325,7 +336,8 @@ def export(
     with opened_model(model) as float_model:
         check_model(float_model)
         quantized = subbyte.load(packed, into=float_model)
-        batches = as_batches(load_samples(data, preprocessing, limit=samples, key=key).split(batch_size))
+        read = DataOptions(preprocessing, key, samples, batch_size, most_tokens)
+        batches = as_batches(load_inputs(model, float_model, data, read).batches)
         calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
         exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
         done = export_onnx(exportable, out, chosen, demands)
@@ -337,16 +349,3 @@ def _opened(file: Path, float_model: nn.Module) -> nn.Module:
     if file.suffix != ".onnx":
         return subbyte.load(file, into=float_model)
     return OnnxModel(file)
-
-
-def _labelled(
-    data: Path, labels: Path | None, preprocessing: Preprocessing | None, limit: int | None, keys: Sequence[str | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Samples (samples, ...), and their labels int64 (samples,) if there are any."""
-    wanted = None if labels is None else load_labels(labels, keys[1], limit=limit)
-    inputs = load_samples(data, preprocessing, limit=limit, key=keys[0])
-    if wanted is not None and len(wanted) != len(inputs):
-        raise DataError(
-            f"'{data}' holds {len(inputs)} samples, but '{labels}' {len(wanted)} labels: they must be as many, in the same order"
-        )
-    return inputs, wanted

@@ -19,6 +19,7 @@ class Linear(Operator):
         transposed: whether the weight is laid out (n, O), as in the Conv1D of GPT-2.
 
     Example:
+        >>> import torch
         >>> Linear().rows(torch.arange(6.0).view(1, 3, 2), torch.tensor([0]), torch.tensor([2]))
         tensor([[[4., 5.]]])
     """
@@ -97,6 +98,7 @@ class Lookup(Operator):
     As a matrix the table is (1, O, n): O rows of n numbers. There is nothing to fit: no row of it is ever mixed with another.
 
     Example:
+        >>> import torch
         >>> Lookup()(torch.tensor([2, 0]), torch.arange(6.0).view(3, 2), None)
         tensor([[4., 5.],
                 [0., 1.]])

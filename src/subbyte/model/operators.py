@@ -25,7 +25,7 @@ def operator_of(module: nn.Module) -> Operator | None:
 
     Example:
         >>> operator_of(nn.Linear(2, 3)), operator_of(nn.ReLU())
-        (Linear(), None)
+        (Linear(transposed=False), None)
     """
     forward = type(module).forward
     if "forward" in vars(module):
