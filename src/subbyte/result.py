@@ -20,6 +20,7 @@ from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.packed import pack_model, to_bytes
 from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
+from subbyte.model.attention import products_of
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
 from subbyte.plan import Plan
@@ -212,6 +213,9 @@ def receipt(result: Result) -> str:
     if result.left_out:
         lines.append("stays in float32:")
         lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in result.left_out]
+    if products := products_of(result.model):
+        bits = next(iter(products.values())).grid.bits
+        lines.append(f"attention products at {bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
     size, measured = result.size_bytes, result.measured
