@@ -83,7 +83,11 @@ def test_a_model_without_a_layer_to_quantize(model: nn.Module) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * 2
 
-    refused(ModelError, f"nothing to quantize: no Linear or convolution.*modules found:.*{type(model[-1]).__name__}", FirstOnly().eval())
+    refused(
+        ModelError,
+        f"nothing to quantize: no Linear, convolution or Embedding.*modules found:.*{type(model[-1]).__name__}",
+        FirstOnly().eval(),
+    )
 
 
 def test_a_model_whose_layers_are_all_excluded() -> None:

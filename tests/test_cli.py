@@ -273,6 +273,8 @@ def test_evaluate_with_and_without_labels_and_packed_file(run: Run, folder: Path
         "packed_top1": pytest.approx(100 * (logits.argmax(-1) == labels).double().mean().item()),
         "agreement": pytest.approx(100 * (reference.argmax(-1) == logits.argmax(-1)).double().mean().item()),
         "kl": pytest.approx((p * (p.log() - logits.double().log_softmax(-1))).sum(-1).mean().item(), abs=1e-6),
+        "float_perplexity": None,
+        "packed_perplexity": None,
     }
     unlabelled = run(f"{evaluate} --packed a.st --json").data
     assert unlabelled == {**both, "float_top1": None, "packed_top1": None}

@@ -22,6 +22,7 @@ from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.pack_quantized import CompressedTensors
 from subbyte.export.packed import load
+from subbyte.export.pretrained import load_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
@@ -87,6 +88,7 @@ __all__ = [
     "advanced",
     "light",
     "load",
+    "load_pretrained",
     "profile",
     "quantize",
     "relaxed",

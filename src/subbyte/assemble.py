@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
+from subbyte.calibrate.products import assign_products_, product_grids
 from subbyte.calibrate.refinement import RefinementReport, refine_guarded_
 from subbyte.calibrate.whole import Judge, Measured, guard_whole_
 from subbyte.model.clipping import Clip
@@ -65,13 +67,25 @@ class Assembler:
     judge: Judge
     observer: Observer
 
+    @property
+    def tables(self) -> frozenset[str]:
+        """Names of the layers that look rows up, and whose input therefore has no width."""
+        return frozenset(layer.name for layer in self.layers if not layer.operator.multiplies)
+
     def prepare(self, options: Mapping[str, Option]) -> Models:
         """The float model beside a copy whose layers have no codes yet.
 
         Args:
             options: `(weight bits, activation bits or None)` by layer name.
         """
-        return prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
+        models = prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
+        assign_products_(models.quantized, self.product_grids)
+        return models
+
+    @cached_property
+    def product_grids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Steps and zero-points of attention products, by the attention layer's name, (4,) each; none where they stay in float32."""
+        return product_grids(self.original, self.calibration)
 
     def assemble(self, options: Mapping[str, Option]) -> Assembled:
         """Solve every layer at its widths, keep the better of calibrated and plainly rounded, refine.

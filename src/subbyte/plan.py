@@ -20,7 +20,7 @@ from subbyte.choices import Choices
 from subbyte.errors import InfeasibleError, OptionError
 from subbyte.export.latency import Profile, Timing, layers_at, measure_layers
 from subbyte.model.fold import Fold
-from subbyte.widths import Option, Widths
+from subbyte.widths import Option, Widths, for_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,8 @@ class Plan:
         market, names = self.market, list(self.market.costs.layers)
         if budget.choices is not None or budget.target is not None:
             choices = budget.choices_or(self.budget.choices or Choices())
-            market = replace(market, options=choices.of(names), groups=choices.groups(names))
+            tables = {name for name, size in market.costs.layers.items() if size.table}
+            market = replace(market, options=for_tables(choices.of(names), tables), groups=choices.groups(names))
         if isinstance(budget.seconds, Mapping | Profile):
             market = replace(market, costs=replace(market.costs, seconds=_table(budget.seconds)))
         return allocate(market, budget, most_degradation)
@@ -109,7 +110,9 @@ def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold
         InfeasibleError: if no allocation is within the limits, as counted or as measured.
     """
     if isinstance(asked, Widths):
-        return assembler.assemble(asked.of([layer.name for layer in assembler.layers])), None
+        options = asked.of([layer.name for layer in assembler.layers])
+        only = for_tables({name: (option,) for name, option in options.items()}, assembler.tables)
+        return assembler.assemble({name: row[0] for name, row in only.items()}), None
     profile = measured_profile(assembler, asked)
     market = survey_market(assembler, asked if profile is None else replace(asked, seconds=profile), folds, model)
     assembled, plan = meet(assembler, market, asked)
@@ -133,7 +136,7 @@ def measured_profile(assembler: Assembler, budget: Budget) -> Profile | None:
         if given is not None and given.timing.symmetric_weights != symmetric:
             raise OptionError("the profile is of weights with zero-points, the recipe's have none, or the other way round; measure again")
         return given
-    options = (budget.choices or Choices()).of([layer.name for layer in assembler.layers])
+    options = for_tables((budget.choices or Choices()).of([layer.name for layer in assembler.layers]), assembler.tables)
     layers = layers_at(assembler.original, assembler.calibration.batches, budget.timing.batch_size, list(options))
     timing = replace(budget.timing, symmetric_weights=symmetric)
     return measure_layers(layers, options, timing, assembler.kept.bank, assembler.observer)
@@ -155,7 +158,7 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
     """
     recipe, names = assembler.recipe, [layer.name for layer in assembler.layers]
     choices = budget.choices or Choices()
-    options = choices.of(names)
+    options = for_tables(choices.of(names), assembler.tables)
     first = {name: row[0] for name, row in options.items()}
     models = assembler.prepare(first)
     solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +19,9 @@ from subbyte.calibrate.whole import Measured
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.pack_quantized import CompressedTensors, export_compressed_tensors
 from subbyte.export.packed import pack_model, to_bytes
+from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
+from subbyte.model.attention import products_of
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
 from subbyte.plan import Plan
@@ -140,6 +143,24 @@ class Result:
         write_file(path, content)
         return len(content)
 
+    def save_pretrained(self, folder: str | os.PathLike[str], tokenizer: Any = None) -> int:
+        """Write a folder as the transformers library does: configuration, tokenizer, and the packed file in place of the weights.
+
+        Args:
+            folder: is made where it does not exist.
+            tokenizer: of the library, to be written along; or None.
+
+        Returns:
+            Size of the packed file in bytes, which is `size_bytes`. `subbyte.load_pretrained` reads the folder.
+
+        Raises:
+            ModelError: if the model is none of the library.
+            FileError: if something cannot be written.
+        """
+        content = self._content()
+        save_pretrained(self.model, content, folder, tokenizer)
+        return len(content)
+
     def export_onnx(
         self,
         path: str | os.PathLike[str],
@@ -208,6 +229,9 @@ def receipt(result: Result) -> str:
     if result.left_out:
         lines.append("stays in float32:")
         lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in result.left_out]
+    if products := products_of(result.model):
+        bits = next(iter(products.values())).grid.bits
+        lines.append(f"attention products at {bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
     size, measured = result.size_bytes, result.measured

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -95,6 +95,20 @@ def as_option(option: int | Option) -> Option:
         option: bits, or `(weight bits, activation bits or None)`.
     """
     return option if isinstance(option, tuple) else (option, option)
+
+
+def for_tables(options: Mapping[str, Sequence[Option]], tables: Collection[str]) -> dict[str, tuple[Option, ...]]:
+    """The same options, without bits for an input that is only looked up by.
+
+    Args:
+        options: of every layer, by name.
+        tables: names of the layers that look rows up.
+
+    Example:
+        >>> for_tables({"embedding": [(4, 4), (4, 8), (8, 8)], "fc": [(4, 8)]}, {"embedding"})
+        {'embedding': ((4, None), (8, None)), 'fc': ((4, 8),)}
+    """
+    return {name: tuple(dict.fromkeys((bits, None) for bits, _ in row)) if name in tables else tuple(row) for name, row in options.items()}
 
 
 def check_option(option: Option, where: str) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from subbyte.calibrate.rows import RowIndex, RowSampling, draw_rows, gather_rows, generator_for, held_out_samples, split_rows
+from subbyte.calibrate.rows import RowCounts, RowIndex, RowSampling, draw_rows, gather_rows, generator_for, held_out_samples, split_rows
 from subbyte.errors import OptionError
 from subbyte.model.operators import operator_of
 
@@ -17,7 +17,7 @@ batch_counts = st.lists(st.integers(1, 6), min_size=1, max_size=4)
 
 def drawn(counts: list[int], positions: int, wanted: int, share: float = 0.25, seed: int = 0) -> tuple[list[RowIndex], tuple[Tensor, ...]]:
     masks = held_out_samples(counts, share, seed)
-    return draw_rows([(count, positions) for count in counts], masks, wanted, generator_for(seed, "rows")), masks
+    return draw_rows([RowCounts(count, positions) for count in counts], masks, wanted, generator_for(seed, "rows")), masks
 
 
 @given(batch_counts, st.integers(1, 50), st.integers(1, 300), st.integers(0, 1000))
@@ -60,7 +60,7 @@ def test_positions_are_spread_evenly(positions: int, seed: int) -> None:
     samples = 400
     masks = (torch.zeros(samples, dtype=torch.bool),)
     take = -(-positions // 2)
-    (index,) = draw_rows([(samples, positions)], masks, samples * take, generator_for(seed, "rows"))
+    (index,) = draw_rows([RowCounts(samples, positions)], masks, samples * take, generator_for(seed, "rows"))
     often = index.positions.bincount(minlength=positions).float() / samples
     assert (often - take / positions).abs().max() < 0.2
 
@@ -91,12 +91,12 @@ def test_a_single_sample_judges_by_every_eighth_row() -> None:
 def test_a_layer_whose_first_dimension_is_not_the_batchs() -> None:
     """Four windows of each sample: all four go where the sample goes."""
     masks = (torch.tensor([True, False, False]),)
-    (index,) = draw_rows([(12, 5)], masks, 1000, generator_for(0, "rows"))
+    (index,) = draw_rows([RowCounts(12, 5)], masks, 1000, generator_for(0, "rows"))
     assert torch.equal(index.held_out, index.samples < 4)
 
 
 def test_a_layer_that_sees_fewer_rows_than_samples() -> None:
-    (index,) = draw_rows([(1, 5)], (torch.tensor([True, False, False]),), 1000, generator_for(0, "rows"))
+    (index,) = draw_rows([RowCounts(1, 5)], (torch.tensor([True, False, False]),), 1000, generator_for(0, "rows"))
     assert len(index.samples) == 5
 
 

@@ -62,7 +62,7 @@ def test_a_layers_file_is_what_the_layer_is_in_a_whole_file(module: nn.Module, s
 
     operator = operator_of(module)
     assert operator is not None and isinstance(module.weight, torch.Tensor)
-    geometry = Geometry(operator, tuple(module.weight.shape), shape)
+    geometry = Geometry(operator, tuple(module.weight.shape), shape, module.weight.shape[0])
     files = quantized_files(geometry, ((2, 8), (4, 8), (8, 8)), OnnxRuntimeCPU())
     for file in files.values():
         assert operators(file.content) == kinds
@@ -80,7 +80,7 @@ def test_affine_weights_of_8_bits_have_no_int8_kernel() -> None:
     module = nn.Conv2d(4, 8, 3)
     operator = operator_of(module)
     assert operator is not None
-    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), False), ((7, 8), (8, 8)), OnnxRuntimeCPU())
+    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8, False), ((7, 8), (8, 8)), OnnxRuntimeCPU())
     assert operators(files[7, 8].content) == ["QLinearConv"] and "QLinearConv" not in operators(files[8, 8].content)
 
 

@@ -39,7 +39,7 @@ class Backwards(nn.Module):
 def test_layers_come_in_running_order_and_the_rest_with_a_reason() -> None:
     found, output = survey(Backwards().eval(), [X])
     assert names(found) == ["first", "last"]
-    assert reasons(found) == {"unused": "never called in a forward", "norm": "not a linear or convolutional layer"}
+    assert reasons(found) == {"unused": "never called in a forward", "norm": "not a linear or convolutional layer or an embedding"}
     assert {left.name: left.parameters for left in found.left_out} == {"unused": 20, "norm": 8}
     assert isinstance(output, dict) and output["logits"].shape == (2, 3)
 
@@ -238,4 +238,4 @@ def test_attention_that_reads_weights_without_calling_its_layer_is_left_out() ->
     found, _ = survey(model, [torch.randn(2, 3, 8)])
     assert names(found) == ["linear1", "linear2"]
     assert reasons(found)["self_attn.out_proj"] == "never called in a forward"
-    assert reasons(found)["self_attn"] == "not a linear or convolutional layer"
+    assert reasons(found)["self_attn"] == "not a linear or convolutional layer or an embedding"

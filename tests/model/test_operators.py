@@ -202,3 +202,16 @@ def test_positions_are_counted_without_running(size: int, kernel: int, stride: i
     back = nn.ConvTranspose1d(1, 1, kernel, stride, 0, stride - 1, 1, dilation=dilation, device="meta")
     for module in (forward, back):
         assert the_operator(module).count(x) == (2, module(x).shape[2])
+
+
+def test_the_conv1d_of_transformers_is_a_linear_with_its_weight_transposed() -> None:
+    library = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
+    module = library.Conv1D(5, 3).eval()
+    operator = operator_of(module)
+    assert operator == Linear(transposed=True)
+    x = torch.randn(2, 4, 3)
+    torch.testing.assert_close(operator(x, module.weight, module.bias), module(x))
+    matrix = operator.to_matrix(module.weight.detach())
+    assert matrix.shape == (1, 5, 3) and torch.equal(operator.from_matrix(matrix), module.weight)
+    steps = torch.arange(1.0, 6.0)
+    assert torch.equal(operator.to_matrix(module.weight * operator.per_channel(steps, module.weight))[0], matrix[0] * steps[:, None])

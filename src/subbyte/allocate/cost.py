@@ -34,12 +34,14 @@ class LayerSize:
         outputs: number of output channels.
         macs: multiply-accumulate operations for one sample.
         symmetric: whether weights have no zero-points.
+        table: whether rows are looked up in it: its input has no width.
     """
 
     weights: int
     outputs: int
     macs: int
     symmetric: bool
+    table: bool = False
 
     @classmethod
     def of(cls, layer: Layer, *, symmetric: bool) -> LayerSize:
@@ -49,7 +51,7 @@ class LayerSize:
             layer: of the model.
             symmetric: whether its weights will have no zero-points.
         """
-        return cls(layer.weight_count, layer.outputs, layer.macs, symmetric)
+        return cls(layer.weight_count, layer.outputs, layer.macs, symmetric, not layer.operator.multiplies)
 
     def bytes(self, option: Option) -> int:
         """Codes, steps, zero-points and biases in the packed file, header not counted.

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
 from subbyte.calibrate.loss import OutputLoss
 from subbyte.errors import LayerError, ModelError, OptionError
-from subbyte.model.batches import Batch, call, floating_tensors, sample_count
+from subbyte.model.batches import Batch, call, sample_count
+from subbyte.model.padding import read_outputs
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Fisher(SensitivityMethod):
         samples = sample_count(batch)
         calls: list[_Call] = []
         with torch.enable_grad(), _recording(model, layers, calls):
-            output = call(model, batch)
+            output = read_outputs(call(model, batch), batch)
             scalars = [loss.probe(output, generator) for _ in range(self.draws)]
             for draw, scalar in enumerate(scalars):
                 if scalar.requires_grad:
@@ -81,7 +82,7 @@ class Fisher(SensitivityMethod):
             while calls:
                 one = calls.pop()
                 changes[one.layer.item.layer.name] += one.changes(samples)
-            below = sum(float(loss.total(tensor, tensor)[1]) for tensor in floating_tensors(output))
+            below = sum(float(loss.total(tensor, tensor)[1]) for tensor in output)
         return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
 
 

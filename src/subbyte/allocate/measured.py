@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
 from subbyte.calibrate.loss import OutputLoss
-from subbyte.model.batches import Batch, call, floating_tensors
+from subbyte.model.batches import Batch, call
+from subbyte.model.padding import read_outputs
 from subbyte.widths import Option
 
 
@@ -52,7 +53,7 @@ class Measured(SensitivityMethod):
         """
         memory = _Memory(layers, keep=self.remember)
         with memory.standing_in():
-            reference = floating_tensors(call(model, batch))
+            reference = read_outputs(call(model, batch), batch)
             memory.recorded = True
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in reference)
             above = {}
@@ -60,7 +61,7 @@ class Measured(SensitivityMethod):
                 losses = []
                 for option in layer.states:
                     memory.change(layer, option)
-                    outputs = floating_tensors(call(model, batch))
+                    outputs = read_outputs(call(model, batch), batch)
                     losses.append(sum(float(loss.total(a, b)[0]) for a, b in zip(reference, outputs, strict=True)))
                 above[layer.item.layer.name] = torch.tensor(losses, dtype=torch.float64)
         return BatchShare(above, below)

@@ -129,7 +129,7 @@ class LayerOptions:
         Args:
             x: the layer's input, float32, the shape that the layer accepts.
         """
-        weight, bias = self.item.original.weight, self.item.original.bias
+        weight, bias = self.item.original.weight, getattr(self.item.original, "bias", None)
         assert isinstance(weight, Tensor)
         return self.item.layer.operator(x, weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)
 

@@ -30,6 +30,7 @@ from subbyte.errors import LayerError, OptionError, naming_layer
 from subbyte.model.batches import floating_tensors, map_tensors, probes, sample_count
 from subbyte.model.blocks import Arguments, Block, find_blocks
 from subbyte.model.lockstep import Forward, Lockstep, Stop
+from subbyte.model.padding import real_positions, without_padding
 from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
 
 
@@ -134,8 +135,8 @@ def refine_blocks_(models: Models, data: CalibrationSet, settings: Blockwise, ob
         LayerError: if the two models do not reach a block with the same samples.
     """
     started = time.perf_counter()
-    solutions = {item.layer.name: solution_of(item) for item in models.layers}
-    layers, probe = [item.layer for item in models.layers], probes(data.batches)[0]
+    solutions = {item.layer.name: solution_of(item) for item in models.multiplying}
+    layers, probe = [item.layer for item in models.multiplying], probes(data.batches)[0]
     blocks = {block.entry: block for block in find_blocks(models.original, layers, probe, settings.most_layers, settings.span_layers)}
     observer(StageStarted(settings.name, len(blocks)))
     reports: list[RefinedBlock] = []
@@ -164,15 +165,23 @@ class _Part:
         arguments: of the quantized model.
         targets: floating-point outputs of the float model, float32 (samples, ...) each.
         held_out: bool (samples,).
+        real: bool (samples, positions), those that are no padding; None where all are real.
     """
 
     arguments: Arguments
     targets: list[Tensor]
     held_out: Tensor
+    real: Tensor | None
 
     def chosen(self, index: Tensor) -> _Part:
         """Some of the samples, by their index, int64."""
-        return _Part(_cut(self.arguments, index), [target[index] for target in self.targets], self.held_out[index])
+        real = None if self.real is None else self.real[index]
+        return _Part(_cut(self.arguments, index), [target[index] for target in self.targets], self.held_out[index], real)
+
+    def outputs(self, model: nn.Module, block: Block) -> list[tuple[Tensor, Tensor]]:
+        """What a model's block returns, beside the targets, both without padding."""
+        pairs = zip(floating_tensors(block.run(model, self.arguments)), self.targets, strict=True)
+        return [(without_padding(given, self.real), without_padding(wanted, self.real)) for given, wanted in pairs]
 
 
 def _cut(arguments: Arguments, index: Tensor) -> Arguments:
@@ -200,7 +209,9 @@ def _samples(models: Models, block: Block, stop: Stop, data: CalibrationSet) -> 
             alone = floating_tensors(block.run(models.original, _cut(floats, few)))
             if not all(_close(a, b[few]) for a, b in zip(alone, targets, strict=True)):
                 return []
-        parts.append(_Part(stop.input(index + count), targets, spread_mask(data.held_out[index], samples).to(targets[0].device)))
+        device, real = targets[0].device, real_positions(data.batches[index])
+        held_out = spread_mask(data.held_out[index], samples).to(device)
+        parts.append(_Part(stop.input(index + count), targets, held_out, None if real is None or len(real) != samples else real.to(device)))
     return _merged(parts)
 
 
@@ -212,16 +223,16 @@ def _merged(parts: list[_Part]) -> list[_Part]:
     """One part of all, where the block takes one tensor, in the same shape in all; then samples of different batches mix."""
     single = [part.arguments.positional[0] for part in parts if len(part.arguments.positional) == 1 and not part.arguments.keyword]
     shapes = {tuple(x.shape[1:]) if isinstance(x, Tensor) else None for x in single}
-    if len(single) < len(parts) or len(shapes) != 1 or None in shapes:
+    if len(single) < len(parts) or len(shapes) != 1 or None in shapes or any(part.real is not None for part in parts):
         return parts
     targets = [torch.cat(same) for same in zip(*(part.targets for part in parts), strict=True)]
-    return [_Part(Arguments((torch.cat(single),), {}), targets, torch.cat([part.held_out for part in parts]))]
+    return [_Part(Arguments((torch.cat(single),), {}), targets, torch.cat([part.held_out for part in parts]), None)]
 
 
 def _refine_(
     models: Models, block: Block, parts: list[_Part], solutions: Mapping[str, LayerSolution], settings: Blockwise, seed: int
 ) -> tuple[RefinedBlock, dict[str, LayerSolution]]:
-    items = [item for item in models.layers if item.layer.name in block.layers]
+    items = [item for item in models.multiplying if item.layer.name in block.layers]
     if not parts:
         return RefinedBlock(block.name, block.layers, torch.nan, torch.nan, "its samples cannot be told apart"), {}
     held = [part.chosen(torch.nonzero(part.held_out)[:, 0]) for part in parts if bool(part.held_out.any())]
@@ -247,9 +258,10 @@ def _error(model: nn.Module, block: Block, parts: Sequence[_Part]) -> float:
     for part in parts:
         for start in range(0, len(part.held_out), 64):
             some = part.chosen(torch.arange(start, min(start + 64, len(part.held_out)), device=part.held_out.device))
-            for given, wanted in zip(floating_tensors(block.run(model, some.arguments)), some.targets, strict=True):
+            for given, wanted in some.outputs(model, block):
                 above += float((given - wanted).square().sum(dtype=torch.float64))
-        for wanted in part.targets:
+        for target in part.targets:
+            wanted = without_padding(target, part.real)
             below += float((wanted - wanted.mean(dim=0)).square().sum(dtype=torch.float64))
     return above / below if below > 0 else above
 
@@ -273,7 +285,7 @@ class _Training:
         optimizer = adam([layer.parameters for layer in layers.values()], settings)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(k / settings.iterations))
         parameters = [tensor for layer in layers.values() for tensor in layer.parameters.tensors]
-        scale = sum(float(target.var()) for target in fit[0].targets) or 1.0
+        scale = sum(float(without_padding(target, fit[0].real).var()) for target in fit[0].targets) or 1.0
         shares = torch.tensor([float(len(part.held_out)) for part in fit], device=device)
         turns = torch.multinomial(shares, settings.iterations, replacement=True, generator=generator).tolist()
         every = max(1, settings.iterations // settings.checks)
@@ -285,8 +297,8 @@ class _Training:
                 count = len(part.held_out)
                 some = part.chosen(torch.randperm(count, device=device, generator=generator)[: settings.batch_samples])
                 optimizer.zero_grad()
-                outputs = floating_tensors(self.block.run(self.model, some.arguments))
-                loss = torch.stack([(a - b).square().mean() for a, b in zip(outputs, some.targets, strict=True)]).sum() / scale
+                outputs = some.outputs(self.model, self.block)
+                loss = torch.stack([(given - wanted).square().mean() for given, wanted in outputs]).sum() / scale
                 if not loss.requires_grad:
                     self.obstacle = "its outputs have no gradient"
                     break
@@ -312,14 +324,14 @@ class _Training:
     def _trainable(self, part: _Part, generator: torch.Generator) -> dict[str, TrainableLayer]:
         """Parameters of each layer, at its present solution."""
         spreads: dict[str, Tensor] = {}
+        some = part.chosen(torch.arange(min(self.settings.batch_samples, len(part.held_out)), device=part.held_out.device))
 
         def keep(name: str):  # type: ignore[no-untyped-def]
-            return lambda module, args, output: spreads.__setitem__(name, output.std())
+            return lambda module, args, output: spreads.__setitem__(name, without_padding(output, some.real).std())
 
         handles = [item.quantized.register_forward_hook(keep(item.layer.name)) for item in self.items]
         try:
-            few = torch.arange(min(self.settings.batch_samples, len(part.held_out)), device=part.held_out.device)
-            self.block.run(self.model, part.chosen(few).arguments)
+            self.block.run(self.model, some.arguments)
         finally:
             for handle in handles:
                 handle.remove()

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.problem import LayerProblem
-from subbyte.calibrate.rows import RowSampling, draw_rows, gather_rows, generator_for, held_out_samples, split_rows
+from subbyte.calibrate.rows import RowCounts, RowSampling, draw_rows, gather_rows, generator_for, held_out_samples, split_rows
 from subbyte.errors import LayerError
 from subbyte.model.batches import Batch, describe, sample_count
 from subbyte.model.lockstep import Stop
+from subbyte.model.operators import Operator
+from subbyte.model.padding import real_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling:
         if unpaired or 2 * len(here) != len(stop.runs):
             raise LayerError(layer.name, "is reached by other samples in the quantized model than in the float one; use Flavour.PARALLEL")
     weight, bias = item.float_weight(), item.float_bias()
-    counts = [operator.count(stop.input(index)) for index in here]
+    counts = [_counts(operator, stop.input(index), data.batches[index]) for index in here]
     wanted = -(-sampling.wanted(weight.shape[0], weight.shape[2]) // layer.calls)
     rows = draw_rows(counts, [data.held_out[index] for index in here], wanted, generator_for(data.seed, f"rows {layer.name}"))
     gathered = [gather_rows(operator, stop.input(index), row) for index, row in zip(here, rows, strict=True)]
@@ -100,7 +102,11 @@ def sample_at(item: CalibratedLayer, stop: Stop, data: CalibrationSet, sampling:
                 raise LayerError(layer.name, f"receives {shapes}; use Flavour.PARALLEL")
         inputs = torch.cat([gather_rows(operator, stop.input(index + count), row) for index, row in zip(here, rows, strict=True)], dim=1)
     held_out = torch.cat([row.held_out for row in rows])
-    return StopRows(inputs, targets, held_out, sum(samples * positions for samples, positions in counts), constant)
+    return StopRows(inputs, targets, held_out, sum(count.equations for count in counts), constant)
+
+
+def _counts(operator: Operator, x: Tensor, batch: Batch) -> RowCounts:
+    return RowCounts(*operator.count(x), real_rows(batch, operator.layout(x)))
 
 
 def problem_of(item: CalibratedLayer, samples: Sequence[StopRows]) -> LayerProblem:

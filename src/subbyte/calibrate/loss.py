@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subbyte.errors import ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, floating_tensors
+from subbyte.model.padding import read_outputs
 
 
 class OutputLoss(ABC):
@@ -223,21 +224,23 @@ def measure(model: nn.Module, batches: Sequence[Batch], references: Sequence[obj
     above, below = torch.zeros(()), torch.zeros(())
     with torch.no_grad():
         for batch, reference in zip(batches, references, strict=True):
-            top, bottom = compare(reference, call(model, batch), loss)
+            top, bottom = compare(reference, call(model, batch), loss, batch)
             above, below = above + top.cpu(), below + bottom.cpu()
     return float(above / below.clamp(min=torch.finfo(torch.float32).tiny))
 
 
-def compare(reference: object, output: object, loss: OutputLoss) -> tuple[Tensor, Tensor]:
-    """Numerator and denominator of the loss of one output, over all its floating-point tensors; with gradients.
+def compare(reference: object, output: object, loss: OutputLoss, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Numerator and denominator of the loss of one output, over all its floating-point tensors, without padding; with gradients.
 
     Args:
         reference: what the float model returned, tensors of any shape.
         output: what the quantized model returned for the same, likewise.
         loss: the distance.
+        batch: that both were called with.
 
     Returns:
         Two float64 ().
     """
-    totals = [loss.total(expected, given) for expected, given in zip(floating_tensors(reference), floating_tensors(output), strict=True)]
+    pairs = zip(read_outputs(reference, batch), read_outputs(output, batch), strict=True)
+    totals = [loss.total(expected, given) for expected, given in pairs]
     return torch.stack([top for top, _ in totals]).sum(), torch.stack([bottom for _, bottom in totals]).sum()

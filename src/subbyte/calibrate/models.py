@@ -46,7 +46,7 @@ class CalibratedLayer:
 
     def float_bias(self) -> Tensor:
         """`b` of the float module, float32 (G, O); zeros where it has none."""
-        weight, bias = self.float_weight(), self.original.bias
+        weight, bias = self.float_weight(), getattr(self.original, "bias", None)
         return bias.detach().view(weight.shape[:2]) if isinstance(bias, Tensor) else weight.new_zeros(weight.shape[:2])
 
 
@@ -63,6 +63,11 @@ class Models:
     original: nn.Module
     quantized: nn.Module
     layers: tuple[CalibratedLayer, ...]
+
+    @property
+    def multiplying(self) -> tuple[CalibratedLayer, ...]:
+        """The layers that multiply their input: all but the tables that rows are looked up in."""
+        return tuple(item for item in self.layers if item.layer.operator.multiplies)
 
 
 def prepare(

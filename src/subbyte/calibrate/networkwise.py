@@ -32,7 +32,8 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, floating_tensors, sample_count, select_samples
+from subbyte.model.batches import Batch, call, sample_count, select_samples
+from subbyte.model.padding import read_outputs, real_positions, without_padding
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 
@@ -127,13 +128,15 @@ class _Training:
         return f"error of outputs and layers in the first and last tenth of {settings.iterations} steps: {first:.4g}, {last:.4g}"
 
     def _loss(self, batch: Batch) -> Tensor:
-        items = self.models.layers
+        items = self.models.multiplying
         with torch.no_grad(), _outputs(items, [item.original for item in items]) as wanted:
-            reference = floating_tensors(call(self.models.original, batch))
+            reference = read_outputs(call(self.models.original, batch), batch)
         with _outputs(items, [item.quantized for item in items]) as given:
-            outputs = floating_tensors(call(self.models.quantized, batch))
+            outputs = read_outputs(call(self.models.quantized, batch), batch)
         total = torch.stack([_error(a, b) for a, b in zip(reference, outputs, strict=True)]).mean()
-        calls = [(a, b) for name in wanted for a, b in zip(wanted[name], given[name], strict=False)]
+        pairs = [pair for name in wanted for pair in zip(wanted[name], given[name], strict=False)]
+        real = real_positions(batch)
+        calls = [(without_padding(a, real), without_padding(b, real)) for a, b in pairs]
         if self.settings.layer_share and calls:
             total = total + self.settings.layer_share * torch.stack([_error(a, b) for a, b in calls]).mean()
         return total
@@ -141,14 +144,14 @@ class _Training:
     @torch.no_grad()
     def _trainable(self, batch: Batch) -> list[TrainableLayer]:
         """Parameters of each layer, at its present solution."""
-        items = self.models.layers
+        items = self.models.multiplying
         with _outputs(items, [item.original for item in items]) as outputs:
             call(self.models.original, batch)
         layers = []
         for item in items:
             start = solution_of(item)
             seen = outputs.get(item.layer.name)
-            spread = (seen[0].std() if seen else start.scale.mean()).expand(start.scale.shape)
+            spread = (without_padding(seen[0], real_positions(batch)).std() if seen else start.scale.mean()).expand(start.scale.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers

@@ -22,8 +22,9 @@ from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_
 from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.rows import RowSampling, generator_for
+from subbyte.calibrate.table import solve_table
 from subbyte.errors import LayerError, naming_layer
-from subbyte.model.lockstep import Forward, Lockstep
+from subbyte.model.lockstep import Forward, Lockstep, Stop
 from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
 
 
@@ -76,13 +77,13 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
     started = time.perf_counter()
     observer(StageStarted("calibrate", len(models.layers)))
     solving = _Solving(data, method, kept, observer)
-    repeated = tuple(item for item in models.layers if item.layer.calls > 1)
+    repeated = tuple(item for item in models.multiplying if item.layer.calls > 1)
     if flavour is Flavour.PARALLEL:
         found = solving.run(models, models.layers, flavour, {})
     else:
         found = solving.run(models, repeated, Flavour.PARALLEL, {}) if repeated else {}
         assign_(models, {name: judged.solution for name, judged in found.items()})
-        single = tuple(item for item in models.layers if item.layer.calls == 1)
+        single = tuple(item for item in models.layers if item not in repeated)
         found = solving.run(models, single, flavour, found) if single else found
     assign_(models, {name: judged.solution for name, judged in found.items()})
     observer(StageFinished("calibrate", time.perf_counter() - started))
@@ -109,19 +110,19 @@ class _Solving:
             quantized = {item.layer.name: item.quantized for item in items}
             forwards += [Forward(models.quantized, batch, quantized) for batch in self.data.batches]
         samples: dict[str, list[StopRows]] = defaultdict(list)
-        found, repeated = dict(before), {item.layer.name for item in items if item.layer.calls > 1}
+        found, repeated = dict(before), {item.layer.name for item in items if item.layer.calls > 1 and item.layer.operator.multiplies}
         grids = {item.layer.name: (item.weight_grid, item.activation_grid) for item in models.layers}
         with Lockstep(forwards, list(by_name)) as lockstep:
             for stop in lockstep:
                 name, item = stop.layer, by_name[stop.layer]
-                if name in found and name in repeated:
+                if name in found and (name in repeated or not item.layer.operator.multiplies):
                     continue
                 if name in found:
                     raise LayerError(name, "is called more often on a later batch than on the first; put such a batch first, or exclude")
                 prefix = tuple((name, grids[name]) for name in found) if sequential else ()
                 known = self.kept.recall(item, prefix) if name not in samples else None
                 if known is None:
-                    samples[name].append(sample_at(item, stop, self.data, self.method.sampling, sequential=sequential))
+                    samples[name] += self._sampled(item, stop, sequential=sequential)
                     known = None if name in repeated else self._solve(item, samples.pop(name), prefix)
                 if known is not None:
                     found[name] = known
@@ -133,11 +134,19 @@ class _Solving:
                 raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
         return found
 
+    def _sampled(self, item: CalibratedLayer, stop: Stop, *, sequential: bool) -> list[StopRows]:
+        if not item.layer.operator.multiplies:
+            return []
+        return [sample_at(item, stop, self.data, self.method.sampling, sequential=sequential)]
+
     def _solve(self, item: CalibratedLayer, samples: Sequence[StopRows], prefix: object) -> Judged:
         started, name = time.perf_counter(), item.layer.name
-        problem = problem_of(item, samples)
-        with naming_layer(name, f"weight {item.layer.weight_shape}"):
-            judged = solve_guarded(problem, self.method.solver, self.method.baseline, generator_for(self.data.seed, f"solve {name}"))
+        if item.layer.operator.multiplies:
+            problem = problem_of(item, samples)
+            with naming_layer(name, f"weight {item.layer.weight_shape}"):
+                judged = solve_guarded(problem, self.method.solver, self.method.baseline, generator_for(self.data.seed, f"solve {name}"))
+        else:
+            judged = solve_table(item, refine=self.method.solver != self.method.baseline)
         self.kept.keep(item, judged, prefix)
         self.observer(LayerSolved("calibrate", name, judged.error, judged.baseline_error, time.perf_counter() - started))
         return judged

@@ -13,6 +13,7 @@ from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, at_option
 from subbyte.calibrate.passes import Method
 from subbyte.calibrate.rows import generator_for
+from subbyte.calibrate.table import solve_table
 from subbyte.errors import LayerError, naming_layer
 from subbyte.model.lockstep import Forward, Lockstep
 from subbyte.run.events import LayerSolved, Observer, StageFinished, StageStarted
@@ -68,12 +69,15 @@ def _reached(models: Models, items: Sequence[CalibratedLayer], data: Calibration
     with Lockstep(forwards, list(by_name)) as lockstep:
         for stop in lockstep:
             item = by_name[stop.layer]
+            if stop.layer in done and not item.layer.operator.multiplies:
+                continue
             if stop.layer in done:
                 raise LayerError(stop.layer, "is called more often on a later batch than on the first; put such a batch first, or exclude")
-            samples[stop.layer].append(sample_at(item, stop, data, method.sampling, sequential=False))
-            if item.layer.calls == 1:
+            if item.layer.operator.multiplies:
+                samples[stop.layer].append(sample_at(item, stop, data, method.sampling, sequential=False))
+            if item.layer.calls == 1 or not item.layer.operator.multiplies:
                 done.add(stop.layer)
-                yield item, samples.pop(stop.layer)
+                yield item, samples.pop(stop.layer, [])
     for name in list(samples):
         done.add(name)
         yield by_name[name], samples.pop(name)
@@ -85,9 +89,15 @@ def _reached(models: Models, items: Sequence[CalibratedLayer], data: Calibration
 def _solve(
     item: CalibratedLayer, wanted: Sequence[Option], samples: list[StopRows], method: Method, kept: Kept, seed: int
 ) -> dict[Option, Judged]:
+    found = {}
+    if not item.layer.operator.multiplies:
+        for option in wanted:
+            here = at_option(item, option)
+            found[option] = solve_table(here, refine=method.solver != method.baseline)
+            kept.keep(here, found[option])
+        return found
     problem = problem_of(item, samples)
     samples.clear()
-    found = {}
     for option in sorted(wanted, key=lambda option: option[1] or 0):  # one grid of the input after the other: what they share is kept
         here = at_option(item, option)
         posed = replace(problem, weight_grid=here.weight_grid, activation_grid=here.activation_grid)

@@ -109,11 +109,47 @@ class RowIndex:
     held_out: Tensor
 
 
-def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted: int, generator: torch.Generator) -> list[RowIndex]:
-    """Draw rows evenly over all samples and positions, without repetition inside a sample.
+@dataclass(frozen=True, eq=False)
+class RowCounts:
+    """How many rows one batch's input of a layer offers.
 
     Args:
-        counts: `(samples, positions of each)` of the layer's input, for each batch.
+        samples: length of the layer's first dimension.
+        positions: output positions of each.
+        real: bool (samples, positions), the positions that are no padding; None if all are real.
+    """
+
+    samples: int
+    positions: int
+    real: Tensor | None = None
+
+    @property
+    def equations(self) -> int:
+        """Rows that are no padding."""
+        return self.samples * self.positions if self.real is None else int(self.real.sum())
+
+    @property
+    def of_each(self) -> Tensor:
+        """Rows of each sample that are no padding, int64 (samples,)."""
+        return torch.full((self.samples,), self.positions) if self.real is None else self.real.sum(dim=1).cpu()
+
+    def real_place(self, samples: Tensor, places: Tensor) -> Tensor:
+        """From a place among a sample's real positions to the position.
+
+        Args:
+            samples: int64 (R,).
+            places: int64 (R,), below `of_each` of the sample.
+        """
+        if self.real is None:
+            return places
+        return (~self.real.cpu()).to(torch.int8).argsort(dim=1, stable=True)[samples, places]
+
+
+def draw_rows(counts: Sequence[RowCounts], masks: Sequence[Tensor], wanted: int, generator: torch.Generator) -> list[RowIndex]:
+    """Draw rows evenly over all samples and positions, without padding and without repetition inside a sample.
+
+    Args:
+        counts: of the layer's input, for each batch.
         masks: bool (samples of the batch,), the samples that are held out, for each batch.
         wanted: rows to fit on; a quarter as many are held out.
         generator: on the CPU.
@@ -121,21 +157,23 @@ def draw_rows(counts: Sequence[tuple[int, int]], masks: Sequence[Tensor], wanted
     Returns:
         One index for each batch. With nothing held out, every eighth row is, so that a single sample can be judged too.
     """
-    held = [spread_mask(mask, samples) for mask, (samples, _) in zip(masks, counts, strict=True)]
+    held = [spread_mask(mask, count.samples) for mask, count in zip(masks, counts, strict=True)]
     fit_samples = sum(int((~mask).sum()) for mask in held)
     held_samples = sum(int(mask.sum()) for mask in held)
     per_fit = -(-wanted // max(fit_samples, 1))
     per_held = -(-wanted // (4 * max(held_samples, 1)))
     indices = []
-    for mask, (samples, positions) in zip(held, counts, strict=True):
-        take = torch.where(mask, min(per_held, positions), min(per_fit, positions))
-        which = torch.arange(samples).repeat_interleave(take)
+    for mask, count in zip(held, counts, strict=True):
+        of_each = count.of_each
+        take = torch.minimum(torch.where(mask, per_held, per_fit), of_each)
+        which = torch.arange(count.samples).repeat_interleave(take)
         rank = torch.arange(len(which)) - (take.cumsum(0) - take).repeat_interleave(take)
         # rank-th of `take` positions: one in each of `take` equal parts, all moved by a random start, so that none repeats inside a sample
-        start = torch.randint(0, positions, (samples,), device="cpu", generator=generator)[which]
+        start = torch.randint(0, count.positions, (count.samples,), device="cpu", generator=generator)[which]
+        positions = of_each[which]
         first, after = rank * positions // take[which], (rank + 1) * positions // take[which]
         place = (start + first + (torch.rand(len(which), device="cpu", generator=generator) * (after - first)).long()) % positions
-        indices.append(RowIndex(which, place, mask[which]))
+        indices.append(RowIndex(which, count.real_place(which, place), mask[which]))
     if held_samples == 0 and len(indices) == 1 and len(indices[0].samples) > 1:
         only = indices[0]
         indices = [RowIndex(only.samples, only.positions, torch.arange(len(only.samples)) % 8 == 7)]

@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 import subbyte
 from subbyte import Choices
@@ -40,9 +39,10 @@ from subbyte.cli.budget_options import (
     is_run_folder,
     seconds_of,
 )
-from subbyte.cli.evaluation import compared, logits_of
+from subbyte.cli.evaluation import compared, compared_tokens, logits_of
 from subbyte.cli.export_options import RunsOnOption, target_from, widths_on
-from subbyte.cli.model_source import opened_model
+from subbyte.cli.inputs import DataOptions, load_inputs, wanted_labels
+from subbyte.cli.model_source import HUB, opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
     BatchSizeOption,
@@ -60,6 +60,7 @@ from subbyte.cli.options import (
     KeyOption,
     LabelsKeyOption,
     LabelsOption,
+    MaxTokensOption,
     MeanOption,
     ModelOption,
     OptionalDataOption,
@@ -87,15 +88,15 @@ from subbyte.cli.options import (
     widths_from,
 )
 from subbyte.cli.show import allocation_text, as_json, evaluation_text, frontier_text, result_data, survey_data, survey_text
-from subbyte.errors import DataError, OptionError
+from subbyte.errors import OptionError
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.packed import state_bytes
+from subbyte.export.pretrained import is_causal, open_tokenizer
 from subbyte.model.batches import DEFAULT_BATCH_SIZE
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.run.terminal import progress
-from subbyte.tasks import Preprocessing, load_labels, load_samples
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -130,6 +131,7 @@ def quantize(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -163,13 +165,15 @@ def quantize(
     packed = Path(out) if run is None else new_folder(run) / PACKED_NAME
     check_free(packed, force=force)
     with opened_model(model) as float_model, progress() as observer:
-        batches = load_samples(data, preprocessing, limit=samples, key=key).split(batch_size)
+        batches = load_inputs(model, float_model, data, DataOptions(preprocessing, key, samples, batch_size, most_tokens)).batches
         bank = subbyte.Bank(run)
         result = subbyte.quantize(
             float_model, batches, widths=widths, budget=budget, recipe=recipe, seed=seed, observer=observer, bank=bank
         )
         check_free(packed, force=force)
         size_bytes = result.save(packed)
+        if run is not None and model.startswith(HUB):
+            result.save_pretrained(run, open_tokenizer(model.removeprefix(HUB)))
     if as_json_object:
         typer.echo(as_json(result_data(result, packed, size_bytes)))
     else:
@@ -225,6 +229,7 @@ def inspect(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = DEFAULT_BATCH_SIZE,
+    most_tokens: MaxTokensOption = None,
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002
 ) -> None:
@@ -239,11 +244,12 @@ def inspect(
     with opened_model(model) as float_model:
         check_model(float_model)
         if data is not None:
-            batch = load_samples(data, preprocessing, limit=samples, key=key)
+            read = DataOptions(preprocessing, key, samples, samples or DEFAULT_BATCH_SIZE, most_tokens)
+            batch = load_inputs(model, float_model, data, read).batches[0]
         else:
             batch = torch.randn(shape_from(input_shape or ""), generator=torch.Generator().manual_seed(0))
         found, _ = survey(float_model, [batch], include or ("*",), exclude or ())
-        folds = fold_batch_norms_(copy_of(float_model), found.layers, [batch])
+        folds = fold_batch_norms_(copy_of(float_model), found.multiplying, [batch])
     typer.echo(as_json(survey_data(found, folds)) if as_json_object else survey_text(found, folds))
 
 
@@ -262,6 +268,7 @@ def evaluate(
     labels_key: LabelsKeyOption = None,
     output: OutputOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     threads: ThreadsOption = None,
     as_json_object: JsonOption = False,  # noqa: FBT002
@@ -273,10 +280,10 @@ def evaluate(
     then put into evaluation mode. An .onnx file holds its program and is scored without --model, by its --labels. Without --labels there is
     no top-1.
     """
-    if labels is None and (packed is None or model is None):
-        raise OptionError("give --labels, --packed or both, without --model --labels: otherwise there is nothing to measure")
     if model is None and (packed is None or packed.suffix != ".onnx"):
         raise OptionError("only an .onnx file holds its program; give --model, the Python code that builds the float model")
+    if labels is None and (packed is None or model is None) and not (model or "").startswith(HUB):
+        raise OptionError("give --labels, --packed or both, without --model --labels: otherwise there is nothing to measure")
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
@@ -285,10 +292,16 @@ def evaluate(
         if float_model is not None:
             check_model(float_model)
         quantized = None if packed is None else _opened(packed, float_model)
-        inputs, wanted = _labelled(data, labels, preprocessing, samples, (key, labels_key))
-        reference, logits = (None if m is None else logits_of(m, inputs, batch_size, output) for m in (float_model, quantized))
-    sizes = None if float_model is None else state_bytes(float_model), None if packed is None else packed.stat().st_size
-    measured = compared(reference, logits, wanted, sizes)
+        scored = quantized if float_model is None else float_model
+        assert scored is not None
+        inputs = load_inputs(model or "", scored, data, DataOptions(preprocessing, key, samples, batch_size, most_tokens))
+        sizes = (None if float_model is None else state_bytes(float_model), None if packed is None else packed.stat().st_size)
+        wanted = wanted_labels(labels, labels_key, samples, len(inputs.order))
+        if float_model is not None and is_causal(float_model):
+            measured = compared_tokens(float_model, quantized, inputs, sizes)
+        else:
+            reference, logits = (None if one is None else logits_of(one, inputs, output) for one in (float_model, quantized))
+            measured = compared(reference, logits, wanted, sizes)
     typer.echo(as_json(asdict(measured)) if as_json_object else evaluation_text(measured))
 
 
@@ -297,16 +310,3 @@ def _opened(file: Path, float_model: nn.Module | None) -> nn.Module:
     if float_model is None or file.suffix == ".onnx":
         return OnnxModel(file)
     return subbyte.load(file, into=float_model)
-
-
-def _labelled(
-    data: Path, labels: Path | None, preprocessing: Preprocessing | None, limit: int | None, keys: Sequence[str | None]
-) -> tuple[Tensor, Tensor | None]:
-    """Samples (samples, ...), and their labels int64 (samples,) if there are any."""
-    wanted = None if labels is None else load_labels(labels, keys[1], limit=limit)
-    inputs = load_samples(data, preprocessing, limit=limit, key=keys[0])
-    if wanted is not None and len(wanted) != len(inputs):
-        raise DataError(
-            f"'{data}' holds {len(inputs)} samples, but '{labels}' {len(wanted)} labels: they must be as many, in the same order"
-        )
-    return inputs, wanted

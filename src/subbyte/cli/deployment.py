@@ -25,6 +25,7 @@ from subbyte.cli.export_options import (
     TimedSamplesOption,
     target_from,
 )
+from subbyte.cli.inputs import DataOptions, load_inputs
 from subbyte.cli.model_source import opened_model
 from subbyte.cli.options import (
     BatchSizeOption,
@@ -37,6 +38,7 @@ from subbyte.cli.options import (
     IncludeOption,
     JsonOption,
     KeyOption,
+    MaxTokensOption,
     MeanOption,
     ModelOption,
     SamplesOption,
@@ -56,7 +58,6 @@ from subbyte.export.onnx import Demands, Exportable, export_onnx
 from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
 from subbyte.model.layers import check_model
 from subbyte.run.terminal import progress
-from subbyte.tasks import load_samples
 
 __all__ = ["app"]
 
@@ -79,6 +80,7 @@ def profile(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = DEFAULT_BATCH_SIZE,
+    most_tokens: MaxTokensOption = None,
     threads: ThreadsOption = None,
     symmetric: SymmetricOption = True,  # noqa: FBT002
     as_json_object: JsonOption = False,  # noqa: FBT002
@@ -95,8 +97,9 @@ def profile(
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     bank = subbyte.Bank(new_folder(Path(out)))
     with opened_model(model) as float_model, progress() as observer:
-        batch = load_samples(data, preprocessing, limit=samples, key=key)
-        found = subbyte.profile(float_model, [batch], timing, choices=choices, bank=bank, observer=observer)
+        read = DataOptions(preprocessing, key, samples, samples or DEFAULT_BATCH_SIZE, most_tokens)
+        batches = load_inputs(model, float_model, data, read).batches
+        found = subbyte.profile(float_model, batches, timing, choices=choices, bank=bank, observer=observer)
     typer.echo(as_json(profile_data(found)) if as_json_object else profile_text(found))
 
 
@@ -117,6 +120,7 @@ def export(
     value_range: ValueRangeOption = None,
     key: KeyOption = None,
     samples: SamplesOption = None,
+    most_tokens: MaxTokensOption = None,
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
@@ -138,7 +142,8 @@ def export(
     with opened_model(model) as float_model:
         check_model(float_model)
         quantized = subbyte.load(packed, into=float_model)
-        batches = as_batches(load_samples(data, preprocessing, limit=samples, key=key).split(batch_size))
+        read = DataOptions(preprocessing, key, samples, batch_size, most_tokens)
+        batches = as_batches(load_inputs(model, float_model, data, read).batches)
         calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
         exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
         done = export_onnx(exportable, out, chosen, demands)

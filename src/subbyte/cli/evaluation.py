@@ -7,18 +7,22 @@ KL          mean over samples of KL(float || quantized) of the class probabiliti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - the name that everyone knows it by
 
 from subbyte import KLDivergence
+from subbyte.cli.inputs import Inputs
 from subbyte.errors import DataError, ModelError, OptionError
-from subbyte.model.batches import call, describe, tensors
+from subbyte.model.batches import Batch, call, describe, floating_tensors, sample_count
+from subbyte.model.padding import real_positions, without_padding
 from subbyte.tasks import top1
 
-__all__ = ["Evaluation", "compared", "logits_of"]
+__all__ = ["Evaluation", "compared", "compared_tokens", "logits_of"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Evaluation:
         packed_top1: percent.
         agreement: percent.
         kl: nats.
+        float_perplexity: of a model that predicts the next token.
+        packed_perplexity: likewise.
     """
 
     samples: int
@@ -42,40 +48,77 @@ class Evaluation:
     packed_top1: float | None
     agreement: float | None
     kl: float | None
+    float_perplexity: float | None = None
+    packed_perplexity: float | None = None
 
 
-def logits_of(model: nn.Module, samples: Tensor, batch_size: int, output: str | None) -> Tensor:
-    """The logits of every sample.
+def logits_of(model: nn.Module, inputs: Inputs, output: str | None) -> Tensor:
+    """The logits of every sample, or of every position of every sample.
 
     Args:
         model: in evaluation mode.
-        samples: what it takes, any dtype, (samples, ...).
-        batch_size: samples in one forward.
+        inputs: what it is called with.
         output: key of the logits where the model returns a mapping of several tensors; None takes the only floating-point one.
 
     Returns:
-        float32 (samples, ..., classes).
+        float32 (samples, ..., classes) in the order of the data; of positions, without padding, float32 (positions, classes).
 
     Raises:
         ModelError: if the model fails, or returns other than one tensor of logits for each sample.
         OptionError: if there is no such output.
 
     Example:
-        >>> logits_of(nn.Identity(), torch.eye(3), 2, None).shape
+        >>> logits_of(nn.Identity(), Inputs([torch.eye(3)], torch.arange(3)), None).shape
         torch.Size([3, 3])
     """
-    found = []
-    with torch.no_grad():
-        for batch in samples.split(batch_size):
-            try:
-                given = call(model, batch)
-            except Exception as error:  # noqa: BLE001 - says that it was the user's model that failed
-                raise ModelError(f"the model failed on a batch {describe(batch)}: {error}") from error
-            logits = _chosen(given, output)
-            if logits.dim() < 2 or len(logits) != len(batch):
-                raise ModelError(f"the model returned {describe(given)} for {len(batch)} samples, expected logits (samples, ..., classes)")
-            found.append(logits.float().cpu())
-    return torch.cat(found)
+    found, padded = [], False
+    for batch in inputs.batches:
+        given = _called(model, batch)
+        logits = _chosen(given, output)
+        if logits.dim() < 2 or len(logits) != sample_count(batch):
+            raise ModelError(f"the model returned {describe(given)} for {describe(batch)}, expected logits (samples, ..., classes)")
+        real = without_padding(logits, real_positions(batch))
+        padded = padded or real is not logits
+        found.append(real.float().cpu())
+    if padded or len({part.shape[1:] for part in found}) > 1:
+        return torch.cat([part.flatten(0, -2) for part in found])
+    return inputs.in_order(torch.cat(found))
+
+
+def compared_tokens(model: nn.Module, quantized: nn.Module | None, inputs: Inputs, sizes: tuple[int | None, int | None]) -> Evaluation:
+    """Figures of models that predict the next token, batch by batch: logits of all tokens at once would not fit into memory.
+
+    Args:
+        model: float model, in evaluation mode; gives logits, float32 (samples, tokens, tokens of the vocabulary).
+        quantized: the same of the quantized model, or None.
+        inputs: windows of text.
+        sizes: bytes of the float model and of the packed file.
+
+    Raises:
+        ModelError: if a model fails.
+    """
+    totals = torch.zeros(5, dtype=torch.float64)  # tokens, both models' negative log likelihoods, same predictions, divergence
+    for batch in inputs.batches:
+        target = batch["input_ids"][:, 1:].flatten()
+        reference = _chosen(_called(model, batch), None)[:, :-1].flatten(0, 1)
+        other = reference if quantized is None else _chosen(_called(quantized, batch), None)[:, :-1].flatten(0, 1)
+        same = (reference.argmax(-1) == other.argmax(-1)).sum()
+        divergence, _ = KLDivergence().total(reference, other)
+        losses = [F.cross_entropy(logits, target, reduction="sum") for logits in (reference, other)]
+        totals += torch.stack([torch.tensor(len(target)), *losses, same, divergence]).double()
+    tokens, float_loss, loss, same, divergence = totals.tolist()
+    there = quantized is not None
+    return Evaluation(
+        samples=len(inputs.order),
+        float_bytes=sizes[0],
+        float_top1=None,
+        packed_bytes=sizes[1],
+        packed_top1=None,
+        agreement=100.0 * same / tokens if there else None,
+        kl=divergence / tokens if there else None,
+        float_perplexity=math.exp(float_loss / tokens),
+        packed_perplexity=math.exp(loss / tokens) if there else None,
+    )
 
 
 def compared(reference: Tensor | None, quantized: Tensor | None, labels: Tensor | None, sizes: tuple[int | None, int | None]) -> Evaluation:
@@ -93,7 +136,8 @@ def compared(reference: Tensor | None, quantized: Tensor | None, labels: Tensor 
 
     Example:
         >>> compared(torch.eye(2), torch.eye(2), torch.tensor([0, 0]), (8, 2))
-        Evaluation(samples=2, float_bytes=8, float_top1=50.0, packed_bytes=2, packed_top1=50.0, agreement=100.0, kl=0.0)
+        Evaluation(samples=2, float_bytes=8, float_top1=50.0, packed_bytes=2, packed_top1=50.0, agreement=100.0, kl=0.0,
+            float_perplexity=None, packed_perplexity=None)
     """
     logits = [given for given in (reference, quantized) if given is not None]
     largest = -1 if labels is None else int(labels.max())
@@ -122,13 +166,21 @@ def _top1(logits: Tensor, labels: Tensor) -> float:
     return top1(nn.Identity().eval(), logits, labels)
 
 
+@torch.no_grad()
+def _called(model: nn.Module, batch: Batch) -> object:
+    try:
+        return call(model, batch)
+    except Exception as error:  # noqa: BLE001 - says that it was the user's model that failed
+        raise ModelError(f"the model failed on a batch {describe(batch)}: {error}") from error
+
+
 def _chosen(given: object, output: str | None) -> Tensor:
     if output is not None:
         chosen = given.get(output) if isinstance(given, Mapping) else getattr(given, output, None)
         if not isinstance(chosen, Tensor):
             raise OptionError(f"--output '{output}' is no tensor in what the model returns, {describe(given)}")
         return chosen
-    floats = [tensor for tensor in tensors(given) if tensor.is_floating_point()]
+    floats = floating_tensors(given)
     if len(floats) != 1:
         raise ModelError(f"the model returns {describe(given)}; name the entry that holds the logits with --output")
     return floats[0]

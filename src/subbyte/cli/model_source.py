@@ -1,4 +1,4 @@
-"""From `FILE.py:callable` or `package.module:callable` to a model. The model file is code that the user chose to run."""
+"""From `FILE.py:callable`, `package.module:callable` or `hf:FOLDER` to a model. A model file is code that the user chose to run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from types import ModuleType
 from torch import nn
 
 from subbyte.errors import ModelError, OptionError
+from subbyte.export.pretrained import open_pretrained, transformers
 
-__all__ = ["opened_model"]
+__all__ = ["HUB", "opened_model"]
 
+HUB = "hf:"
 FILE_MODULE = "subbyte_model_file"  # a name of its own: the user's file may be called like a module that is imported already
 
 
@@ -30,7 +32,7 @@ def opened_model(source: str) -> Iterator[nn.Module]:
 
     Args:
         source: ``FILE.py:NAME`` or ``package.module:NAME``; NAME is a function or class that gives an nn.Module when it is called without
-            arguments, or an nn.Module.
+            arguments, or an nn.Module. Or ``hf:`` and a folder or name of the transformers library.
 
     Returns:
         A context manager that gives the model.
@@ -45,9 +47,15 @@ def opened_model(source: str) -> Iterator[nn.Module]:
         >>> opened, opened.training
         (Identity(), False)
     """
+    if source.startswith(HUB):
+        transformers().utils.logging.disable_progress_bar()  # there is one of our own
+        yield open_pretrained(source.removeprefix(HUB))
+        return
     place, _, name = source.rpartition(":")
     if not place or not name:
-        raise OptionError(f"'{source}' names no model; write FILE.py:NAME or package.module:NAME, NAME being a function that returns it")
+        raise OptionError(
+            f"'{source}' names no model; write FILE.py:NAME or package.module:NAME, NAME being a function that returns it, or hf:FOLDER"
+        )
     is_file = place.endswith(".py")
     folder = Path(place).resolve().parent if is_file else Path.cwd()
     path = list(sys.path)

@@ -19,17 +19,27 @@ from subbyte.tasks import ChannelOrder, Preprocessing
 from subbyte.widths import Option
 
 ModelOption = Annotated[
-    str, typer.Option("--model", metavar="SOURCE", help="FILE.py:NAME or package.module:NAME. This is code, and it is run; see above.")
+    str,
+    typer.Option(
+        "--model",
+        metavar="SOURCE",
+        help="FILE.py:NAME or package.module:NAME: code, and it is run; see above. Or hf:FOLDER, of transformers.",
+    ),
 ]
 OptionalModelOption = Annotated[
     str | None,
     typer.Option("--model", metavar="SOURCE", help="FILE.py:NAME or package.module:NAME, code that is run. An .onnx file needs none."),
 ]
-DATA_HELP = "Folder of images, or a .npy, .npz or .safetensors file with samples along its first dimension."
+DATA_HELP = "Folder of images, a .npy, .npz or .safetensors file, samples first; or texts, .txt, .jsonl or .tsv, for hf:FOLDER."
 DataOption = Annotated[Path, typer.Option("--data", metavar="PATH", help=DATA_HELP)]
 OptionalDataOption = Annotated[Path | None, typer.Option("--data", metavar="PATH", help=DATA_HELP)]
-KeyOption = Annotated[str | None, typer.Option("--key", metavar="NAME", help="Array in a file of several; otherwise its only one, or 'x'.")]
+KeyOption = Annotated[
+    str | None, typer.Option("--key", metavar="NAME", help="Array in a file of several, otherwise 'x'; entry or column of texts.")
+]
 SamplesOption = Annotated[int | None, typer.Option("--samples", metavar="N", help="Use so many samples, evenly spaced; otherwise all.")]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", metavar="N", help="Texts: cut longer ones. Default what the model takes.")
+]
 BatchSizeOption = Annotated[int, typer.Option("--batch-size", metavar="N", help="Samples in one forward.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", metavar="N", help="Processor threads; otherwise what torch takes.")]
 ImageSizeOption = Annotated[
@@ -103,7 +113,7 @@ ForceOption = Annotated[bool, typer.Option("--force", help="Replace the packed f
 
 LabelsOption = Annotated[
     Path | None,
-    typer.Option("--labels", metavar="PATH", help=".npy, .npz or .safetensors file of class indices, or .csv with a column 'label'."),
+    typer.Option("--labels", metavar="PATH", help=".npy, .npz or .safetensors of class indices; .csv, .tsv or .jsonl with 'label'."),
 ]
 LabelsKeyOption = Annotated[
     str | None,

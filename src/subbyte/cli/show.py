@@ -276,12 +276,15 @@ def evaluation_text(measured: Evaluation) -> str:
     def number(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
-    rows = [("", "top-1 %", "agreement %", "KL", "bytes")]
+    score, form = ("perplexity", ".3f") if measured.float_perplexity is not None else ("top-1 %", ".2f")
+    rows = [("", score, "agreement %", "KL", "bytes")]
+    of_float = measured.float_top1 if measured.float_perplexity is None else measured.float_perplexity
+    of_packed = measured.packed_top1 if measured.packed_perplexity is None else measured.packed_perplexity
     if measured.float_bytes is not None:
-        rows.append(("float", number(measured.float_top1, ".2f"), "", "", f"{measured.float_bytes:,}"))
+        rows.append(("float", number(of_float, form), "", "", f"{measured.float_bytes:,}"))
     last = f"{measured.samples} samples"
     if measured.packed_bytes is not None:
-        figures = number(measured.packed_top1, ".2f"), number(measured.agreement, ".2f"), number(measured.kl, ".4f")
+        figures = number(of_packed, form), number(measured.agreement, ".2f"), number(measured.kl, ".4f")
         rows.append(("quantized", *figures, f"{measured.packed_bytes:,}"))
     if measured.float_bytes is not None and measured.packed_bytes is not None:
         last += f"; the packed file is {measured.float_bytes / measured.packed_bytes:.2f} times smaller"

@@ -212,7 +212,7 @@ def measure_layers(
     floats: dict[str, LayerTime] = {}
     times: dict[str, dict[Option, LayerTime]] = {}
     for layer in layers:
-        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, timing.symmetric_weights)
+        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, timing.symmetric_weights)
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}

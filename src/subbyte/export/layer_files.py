@@ -29,7 +29,7 @@ from subbyte.export.onnx_graph import OPSET, with_constants, with_markers
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.targets import Target
 from subbyte.export.trace import trace
-from subbyte.model.operators import Convolution, Operator
+from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.grid import Grid
 from subbyte.widths import Option
@@ -46,20 +46,15 @@ class Geometry:
         operator: its arithmetic.
         weight_shape: of the weight.
         input_shape: samples first.
+        outputs: number of output channels.
         symmetric: whether weights have no zero-points.
     """
 
     operator: Operator
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
+    outputs: int
     symmetric: bool = True
-
-    @property
-    def outputs(self) -> int:
-        """Number of output channels."""
-        transposed = isinstance(self.operator, Convolution) and self.operator.transposed
-        groups = self.operator.groups if isinstance(self.operator, Convolution) else 1
-        return self.weight_shape[1] * groups if transposed else self.weight_shape[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from subbyte.errors import FileError, ModelError, SubbyteError
 from subbyte.export.bits import pack, packed_size, unpack
+from subbyte.model.attention import products_of, put_products_
 from subbyte.model.fold import Fold
 from subbyte.model.operators import Convolution, operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
@@ -119,11 +120,13 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     }
     packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
     packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
+    products = products_of(model)
     metadata = {
         "format_version": FORMAT_VERSION,
         "library": LIBRARY_VERSION,
         "structure": structure,
         "folds": [[fold.layer, fold.batch_norm] for fold in folds],
+        "attention": {name: one.grid.bits for name, one in products.items()},
         "names": list(states),
         "shapes": [list(state.codes.shape) for state in states.values()],
         "channels": [state.scale.numel() for state in states.values()],
@@ -258,6 +261,11 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     state = {name: tensor for name, tensor in packed.tensors.items() if not name.startswith(PREFIX)}
     for _layer, batch_norm in packed.metadata["folds"]:
         replace_module_(model, model.get_submodule(batch_norm), nn.Identity().eval())
+    attention = packed.metadata["attention"]
+    for bits in set(attention.values()):
+        put_products_(model, [name for name in attention if attention[name] == bits], bits)
+    for products in products_of(model).values():
+        products.assign_(torch.ones(4), torch.zeros(4, dtype=torch.int32))
     for name, layer_state in _layer_states(packed):
         module = model.get_submodule(name)
         operator = operator_of(module)

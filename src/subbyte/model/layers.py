@@ -88,6 +88,11 @@ class Survey:
     layers: tuple[Layer, ...]
     left_out: tuple[LeftOut, ...]
 
+    @property
+    def multiplying(self) -> tuple[Layer, ...]:
+        """The layers that multiply their input: all but the tables that rows are looked up in."""
+        return tuple(layer for layer in self.layers if layer.operator.multiplies)
+
 
 def check_model(model: nn.Module) -> None:
     """Refuse a model that cannot be quantized as it stands, before anything runs.
@@ -169,7 +174,8 @@ def survey(
     if not layers:
         seen = ", ".join(sorted({type(module).__name__ for module in model.modules()}))
         raise ModelError(
-            f"nothing to quantize: no Linear or convolution of torch.nn is called in a forward (or all are excluded); modules found: {seen}"
+            "nothing to quantize: no Linear, convolution or Embedding of torch.nn is called in a forward (or all are excluded); "
+            f"modules found: {seen}"
         )
     return Survey(tuple(layers), tuple(left_out)), calls.output
 
@@ -245,15 +251,17 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
         kwargs: keyword arguments of the call.
 
     Returns:
-        float32, the shape that the layer was given.
+        float32, or the integers that something is looked up by, the shape that the layer was given.
 
     Raises:
-        LayerError: if the call passes anything but one finite float32 tensor.
+        LayerError: if the call passes anything but one tensor, of integers or of finite float32 numbers.
     """
     given = [*args, *kwargs.values()]
     if len(given) != 1 or not isinstance(given[0], Tensor):
         raise LayerError(name, f"is called with {describe(given)}, only one input tensor is supported; exclude the layer to go on")
     x = given[0]
+    if x.dtype in (torch.int64, torch.int32):
+        return x
     if x.dtype != torch.float32:
         raise LayerError(name, f"receives {describe(x)}, only float32 is supported; switch autocast off or exclude the layer")
     if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
@@ -262,11 +270,11 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
 
 
 def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor], model: nn.Module) -> Layer:
-    weight, bias = module.weight, module.bias
+    weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     if not name:
         raise ModelError(f"the model is itself one {type(module).__name__}; wrap it, torch.nn.Sequential(model), to have it quantized")
-    if inputs[0].dim() == (operator.dimensions + 1 if isinstance(operator, Convolution) else 1):
+    if operator.multiplies and inputs[0].dim() == (operator.dimensions + 1 if isinstance(operator, Convolution) else 1):
         shape = tuple(inputs[0].shape)
         raise LayerError(name, f"receives one sample without a batch dimension, {shape}; calibration batches are (samples, ...)")
     groups, outputs, unknowns = operator.to_matrix(weight).shape
@@ -307,4 +315,6 @@ def _why_not(module: nn.Module) -> str:
         return "has forward hooks (weight_norm, spectral_norm or the user's); remove them first, to have it quantized"
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
         return f"{type(module).__name__} has a forward of its own, which is not torch's"
-    return "not a linear or convolutional layer"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "rewrites its weight in every forward (max_norm)"
+    return "not a linear or convolutional layer or an embedding"

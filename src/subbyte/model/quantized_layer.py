@@ -76,9 +76,10 @@ class QuantizedLayer(nn.Module):
         self.kind = f"{type(module).__name__}({module.extra_repr()})"
         self.weight_grid: Grid | None = None
         self.activation_grid: Grid | None = None
+        bias = getattr(module, "bias", None)
         assert isinstance(module.weight, Tensor)
         self.register_buffer("weight", module.weight.detach(), persistent=False)
-        self.register_buffer("bias", module.bias.detach() if isinstance(module.bias, Tensor) else None)
+        self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None)
         for name in ("codes", "scale", "zero_point", "activation_scale", "activation_zero_point"):
             self.register_buffer(name, None)
         self.train(module.training)

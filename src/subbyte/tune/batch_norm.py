@@ -38,7 +38,9 @@ from subbyte.calibrate.models import CalibratedLayer, Models
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import spread_mask
 from subbyte.errors import naming_layer
+from subbyte.model.batches import Batch
 from subbyte.model.lockstep import Forward, Lockstep
+from subbyte.model.padding import real_rows
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
@@ -90,7 +92,7 @@ class BatchNormTuning(Refinement):
             data: see there.
             observer: see there.
         """
-        tuned = [item for item in models.layers if item.norm is not None or self.without_batch_norm]
+        tuned = [item for item in models.multiplying if item.norm is not None or self.without_batch_norm]
         if not tuned:
             return ("nothing to do: no batch norm was folded into a layer",)
         started = time.perf_counter()
@@ -101,7 +103,7 @@ class BatchNormTuning(Refinement):
             if items:
                 _pass_(models, items, data, self.reference)
         observer(StageFinished(self.name, time.perf_counter() - started))
-        normed, left = sum(item.norm is not None for item in tuned), [item.layer.name for item in models.layers if item not in tuned]
+        normed, left = sum(item.norm is not None for item in tuned), [item.layer.name for item in models.multiplying if item not in tuned]
         notes = [f"{normed} batch norms re-estimated, reference: {self.reference.value}"] if normed else []
         notes += [f"{len(tuned) - normed} layers without a batch norm re-estimated, reference: float model"] if len(tuned) > normed else []
         return (*notes, *([f"left as they are, without a batch norm: {', '.join(left)}"] if left else []))
@@ -201,17 +203,24 @@ def _pass_(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSe
             with naming_layer(name, f"weight {item.layer.weight_shape}"):
                 for index in stop.runs:
                     module, parts = (item.quantized, seen) if index < count else (item.original, wanted)
-                    parts[name].append(_statistics(item, module, stop.input(index), data.held_out[index % count]))
+                    parts[name].append(
+                        _statistics(item, module, stop.input(index), (data.batches[index % count], data.held_out[index % count]))
+                    )
                 if item.layer.calls == 1:
                     _re_estimate_(item, seen.pop(name), wanted[name])
     for name, several in seen.items():
         _re_estimate_(by_name[name], several, wanted[name])
 
 
-def _statistics(item: CalibratedLayer, module: nn.Module, x: Tensor, held_out: Tensor) -> ChannelStatistics:
-    """Of what a layer returns for the samples of an input that are not held out."""
-    fit = ~spread_mask(held_out, x.shape[0]).to(x.device)
-    return ChannelStatistics.of(module(x if bool(fit.all()) else x[fit]), item.layer.operator.channel_dimension)
+def _statistics(item: CalibratedLayer, module: nn.Module, x: Tensor, given: tuple[Batch, Tensor]) -> ChannelStatistics:
+    """Of what a layer returns for the samples of an input that are not held out, without padding."""
+    batch, held_out = given
+    fit, operator = ~spread_mask(held_out, x.shape[0]).to(x.device), item.layer.operator
+    real = real_rows(batch, operator.layout(x))
+    outputs = module(x if bool(fit.all()) else x[fit])
+    if real is not None:
+        outputs = outputs.movedim(operator.channel_dimension, -1).flatten(1, -2)[real.to(x.device)[fit]]
+    return ChannelStatistics.of(outputs, -1 if real is not None else operator.channel_dimension)
 
 
 def _re_estimate_(item: CalibratedLayer, seen: Sequence[ChannelStatistics], floats: Sequence[ChannelStatistics]) -> None:

@@ -34,6 +34,7 @@ from subbyte.calibrate.trainable import standing_in
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
+from subbyte.model.padding import real_positions, without_padding
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
@@ -116,9 +117,9 @@ class _Tuning:
     def __init__(self, models: Models, parts: Sequence[Batch], settings: BiasTuning, judge: Judge) -> None:
         self._models, self._parts, self._settings, self._judge = models, parts, settings, judge
         norms = _norms(models.quantized) if settings.norm_biases else []
-        modules = [*(norm for norm, _ in norms), *(item.quantized for item in models.layers)]
+        modules = [*(norm for norm, _ in norms), *(item.quantized for item in models.multiplying)]
         spreads = _spreads(models.quantized, modules, parts[0], settings.batch_samples)
-        self._layers = [TunedLayer(item, with_steps=settings.step_rate > 0) for item in models.layers]
+        self._layers = [TunedLayer(item, with_steps=settings.step_rate > 0) for item in models.multiplying]
         biases = [(layer.bias, spreads[layer.item.quantized]) for layer in self._layers] + [(bias, spreads[norm]) for norm, bias in norms]
         self._groups: list[tuple[Tensor, float]] = [(bias, settings.bias_rate * spread) for bias, spread in biases]
         self._groups += [(step, settings.step_rate) for layer in self._layers for step in layer.steps]
@@ -171,7 +172,7 @@ class _Tuning:
     def _loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():
             reference = call(self._models.original, batch)
-        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss)
+        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss, batch)
         return above / below.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _values(self) -> list[Tensor]:
@@ -193,13 +194,15 @@ def _norms(model: nn.Module) -> list[tuple[nn.Module, Tensor]]:
 def _spreads(model: nn.Module, modules: Sequence[nn.Module], part: Batch, samples: int) -> dict[nn.Module, float]:
     """The standard deviation of what each module returns for a few samples; of a module that is not called, 1."""
     spreads = dict.fromkeys(modules, 1.0)
+    few = select_samples(part, torch.arange(min(samples, sample_count(part))))
+    real = real_positions(few)
 
     def note(module: nn.Module, args: object, output: Tensor) -> None:
-        spreads[module] = float(output.std(correction=0))
+        spreads[module] = float(without_padding(output, real).std(correction=0))
 
     handles = [module.register_forward_hook(note) for module in modules]
     try:
-        call(model, select_samples(part, torch.arange(min(samples, sample_count(part)))))
+        call(model, few)
     finally:
         for handle in handles:
             handle.remove()
