@@ -196,3 +196,14 @@ def test_the_programme_offers_only_what_the_target_runs(target: Target) -> None:
     for choices in (Choices(pinned={"0": 4}), Choices(activation_bits=(None,)), Choices(allowed={"5": [(4, 4)]})):
         with pytest.raises(OptionError, match=f"{target.name} does not run; .*it runs \\(2, 8\\), \\(3, 8\\)"):
             subbyte.quantize(net(), DATA, budget=Budget(size=1.0, target=target, choices=choices))
+
+
+def test_tables_count_nothing_and_pass_the_programme(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval()
+    tokens = torch.randint(0, 20, (32, 4))
+    choices, bank = Choices((4, 8)), Bank()
+    timed = subbyte.profile(model, tokens, TIMING, choices=choices, bank=bank)
+    assert timed.seconds["0"] == {(4, None): 0.0, (8, None): 0.0} and list(timed.seconds["1"]) == [(4, 8), (8, 8)]
+    budget = Budget(latency=1.0, target=OnnxRuntimeCPU(), choices=choices)
+    result = subbyte.quantize(model, tokens, budget=budget, recipe=subbyte.rounding(), bank=bank)
+    assert result.plan is not None and result.plan.profile is not None and result.plan.profile.times == timed.times

@@ -318,3 +318,23 @@ def test_an_input_beside_the_middle_of_two_codes_is_rounded_as_the_runtime_round
     assert bool(((near / step).round() != (near.double() / step.double()).round()).any())
     expected = done.simulation(near[:, None]).detach().numpy()
     assert steps_between(run(tmp_path / "m.onnx", near[:, None], optimized=False)[0], expected) < 0.1
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tables_and_linear_layers_with_their_weight_transposed(symmetric: bool, tmp_path: Path) -> None:
+    library = pytest.importorskip("transformers.pytorch_utils")
+    model = nn.Sequential(nn.Embedding(50, 16), library.Conv1D(24, 16), nn.GELU(), library.Conv1D(8, 24)).eval()
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=symmetric)
+    result = subbyte.quantize(model, torch.randint(0, 50, (32, 5)), widths=subbyte.Widths(3, 8), recipe=recipe)
+    done = result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert done.verification.kernels == {"0": "Gather", "1": "MatMulIntegerToFloat", "3": "MatMulIntegerToFloat"}
+    x = torch.randint(0, 50, (7, 9))
+    found = run(tmp_path / "m.onnx", x)[0]
+    assert steps_between(found, done.simulation(x).detach().numpy()) < 0.1
+    assert steps_between(found, result.model(x).detach().numpy()) <= 1.0
+
+
+def test_a_table_is_stored_in_codes(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(500, 16), nn.Linear(16, 4)).eval()
+    _, done = exported(model, torch.randint(0, 500, (64, 3)), tmp_path / "m.onnx", widths=subbyte.Widths(4, 8))
+    assert 500 * (8 + 4) < done.verification.size_bytes < 500 * (8 + 4) + 1500  # codes, one step a row

@@ -103,7 +103,7 @@ def test_transformers_reads_it(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).eval()
     tokens = torch.randint(0, 50, (32, 12))
-    widths = Widths(4, None, pinned={"*down_proj": (8, None)}, exclude=["lm_head"])
+    widths = Widths(4, None, pinned={"*down_proj": (8, None)}, exclude=["lm_head", "*embed_tokens"])
     result = subbyte.quantize(model, [{"input_ids": tokens, "use_cache": False}], widths=widths, recipe=subbyte.rounding())
     result.export_compressed_tensors(tmp_path / "llama")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
@@ -120,7 +120,7 @@ def test_transformers_reads_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "widths", "error", "message"),
     [
-        (nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(44, 3)), Widths(4, None), LayerError, "'0': is no linear layer"),
+        (nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.Linear(44, 3)), Widths(4, None), LayerError, "'0': is no torch.nn.Linear"),
         (nn.Sequential(nn.Linear(33, 4)), Widths(4, 8), LayerError, "'0': has a quantized input"),
         (nn.Sequential(nn.Linear(33, 4), nn.BatchNorm1d(4)), Widths(4, None), ModelError, "batch norms were folded"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from subbyte.errors import LayerError
-from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of
+from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of, weight_of
 from subbyte.export.markers import MarkedModel
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedState
@@ -74,15 +74,18 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
     calls = [(node, layer) for node in graph.graph.nodes if (layer := key_of(node)) is not None]
     for index, (node, layer) in enumerate(calls):
         key = str(index)
-        quantizer = input_quantizer(node)
+        table = not marked.operators[layer].multiplies
+        quantizer = None if table else input_quantizer(node)
         scale = None if quantizer is None else grid_of(quantizer).scale
         constants = _constants(layer, marked.operators[layer], marked.states[layer], scale)
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        if not isinstance(weight, Node) or not isinstance(bias, Node) or bias.target is not BIAS:
+        weight, bias = weight_of(node), None if table else node.args[2] if len(node.args) > 2 else None
+        if weight is None or not table and not (isinstance(bias, Node) and bias.target is BIAS):
             raise LayerError(layer, "was traced to something else than torch's own operator; exclude it to export the model")
         step = None if scale is None else torch.tensor(scale) * constants.scale
         rounded = constants.bias if constants.bias_codes is None or step is None else constants.bias_codes.float() * step
         for name, marker, value in (("weight", weight, constants.weight()), ("bias", bias, rounded)):
+            if not isinstance(marker, Node):
+                continue
             buffer = f"subbyte_{name}_{key}"
             graph.register_buffer(buffer, value)
             with graph.graph.inserting_before(marker):

@@ -27,7 +27,7 @@ from subbyte.model.batches import Batch, as_batches, sample_count, select_sample
 from subbyte.model.layers import Layer, check_model, survey
 from subbyte.run.bank import Bank, Entry, digest
 from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone, ignore
-from subbyte.widths import Option
+from subbyte.widths import Option, for_tables
 
 if TYPE_CHECKING:
     from subbyte.export.layer_files import Geometry, LayerFile
@@ -80,9 +80,12 @@ class LayerTime:
     median: float
 
 
+NO_TIME = LayerTime(0.0, 0.0)  # of a table: looking a few rows up
+
+
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """Times of every layer of a model, all its calls in one forward together.
+    """Times of every layer of a model, all its calls in one forward together. Tables that rows are looked up in count nothing.
 
     Args:
         timing: how they were measured.
@@ -155,8 +158,9 @@ def profile(
     """
     check_model(model)
     batches = as_batches(data)
-    names = [layer.name for layer in survey(model, batches, choices.include, choices.exclude)[0].layers]
-    options = choices.within(timing.target.options(), timing.target.name).of(names)
+    found = survey(model, batches, choices.include, choices.exclude)[0].layers
+    names, tables = [layer.name for layer in found], {layer.name for layer in found if not layer.operator.multiplies}
+    options = for_tables(choices.within(timing.target.options(), timing.target.name).of(names), tables)
     layers = layers_at(model, batches, timing.batch_size, names)
     return measure_layers(layers, options, timing, Bank() if bank is None else bank, observer)
 
@@ -212,13 +216,16 @@ def measure_layers(
     floats: dict[str, LayerTime] = {}
     times: dict[str, dict[Option, LayerTime]] = {}
     for layer in layers:
+        observer(StepDone(STAGE))
+        if not layer.operator.multiplies:
+            floats[layer.name], times[layer.name] = NO_TIME, dict.fromkeys(options[layer.name], NO_TIME)
+            continue
         geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, timing.symmetric_weights)
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}
         floats[layer.name] = scaled.pop(FLOAT)
         times[layer.name] = scaled
-        observer(StepDone(STAGE))
     observer(StageFinished(STAGE, time.perf_counter() - started))
     return Profile(timing, bench.threads, bench.runtime, floats, times)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from subbyte.model.operators import Convolution, Operator
+from subbyte.model.operators import Convolution, Linear, Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.affine import fake_quantize
@@ -145,11 +145,10 @@ class MarkedLayer(nn.Module):
         for name, value in vars(layer).items():  # what the model's own code may read
             if not name.startswith("_") and name not in ("training", "operator"):
                 setattr(self, name, value)
-        state = layer.state()
+        state, self.operator = as_exported(layer)
         self.key = key
-        self.operator: Operator = layer.operator
         self.input_grid = TensorGrid.of(*state.activation) if state.activation else None
-        self.register_buffer("weight", layer.weight)
+        self.register_buffer("weight", layer.weight if self.operator == layer.operator else layer.weight.mT.contiguous())
         self.register_buffer("bias", state.bias)
         # torch.nn.TransformerEncoderLayer has a fast path that never calls a layer, unless a hook hangs on it
         self.register_forward_pre_hook(lambda module, args: None)
@@ -165,6 +164,18 @@ class MarkedLayer(nn.Module):
             grid = self.input_grid
             input = quantize(input, grid.scale, grid.zero_point, grid.low, grid.high)  # noqa: A001
         return self.operator(input, weight(self.weight, self.key), bias(self.bias, self.key))
+
+
+def as_exported(layer: QuantizedLayer) -> tuple[QuantizedState, Operator]:
+    """What a layer computes with, and its arithmetic, as a graph has it: a linear layer with its weight transposed is turned round.
+
+    Args:
+        layer: with codes.
+    """
+    state, operator = layer.state(), layer.operator
+    if isinstance(operator, Linear) and operator.transposed:
+        return replace(state, codes=state.codes.mT.contiguous()), Linear()
+    return state, operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,8 +215,5 @@ def marked(model: nn.Module) -> MarkedModel:
     layers = {name: module for name, module in copy.named_modules() if isinstance(module, QuantizedLayer) and module.is_quantized}
     for name, layer in layers.items():
         replace_module_(copy, layer, MarkedLayer(layer, name))
-    return MarkedModel(
-        copy,
-        {name: layer.state() for name, layer in layers.items()},
-        {name: layer.operator for name, layer in layers.items()},
-    )
+    parts = {name: as_exported(layer) for name, layer in layers.items()}
+    return MarkedModel(copy, {name: state for name, (state, _) in parts.items()}, {name: operator for name, (_, operator) in parts.items()})

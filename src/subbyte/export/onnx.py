@@ -172,6 +172,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     constants = translation.fix_constants_(graph, marked)
     content, sites = translation.to_file(graph, example, constants, compact=target.compact, signed_codes=target.signed_codes)
     kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
+    kernels |= {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)

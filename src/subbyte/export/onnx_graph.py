@@ -181,6 +181,8 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
         if reader.op_type not in ("Conv", "ConvTranspose"):
             raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
         return _Site(node, False, (None if operator.groups > 1 else 1) if operator.transposed else 0)
+    if not operator.multiplies and reader.op_type == "Gather":
+        return _Site(node, False, 0)
     if reader.op_type == "Transpose":
         return _Site(reader, True, 1)
     if reader.op_type == "Gemm" and reader.attributes["transB"].as_int() == 1:

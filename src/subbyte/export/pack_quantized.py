@@ -35,6 +35,7 @@ from subbyte.errors import FileError, LayerError, ModelError
 from subbyte.export.bits import pack
 from subbyte.export.onnx import Exportable
 from subbyte.export.packed import PREFIX, pack_model
+from subbyte.model.attention import products_of
 from subbyte.model.fold import Fold
 from subbyte.model.operators import Linear
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
@@ -86,12 +87,14 @@ def export_compressed_tensors(models: Exportable, folder: str | os.PathLike[str]
         folds: batch norms that were folded.
 
     Raises:
-        ModelError: if nothing is quantized, or batch norms were folded.
+        ModelError: if nothing is quantized, batch norms were folded, or products of attention are quantized.
         LayerError: if a layer is no linear layer, or has a quantized input.
         FileError: if the folder cannot be written.
     """
     if folds:
         raise ModelError("batch norms were folded, for which compressed-tensors has no place; quantize with Recipe(fold_batch_norms=False)")
+    if products_of(models.quantized):
+        raise ModelError("products of attention are quantized, for which compressed-tensors has no place; quantize without them")
     model = copy_of(models.quantized)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLayer) and module.is_quantized}
     others = {name: tensor for name, tensor in pack_model(model, "", ()).tensors.items() if not name.startswith(PREFIX)}
@@ -117,8 +120,8 @@ def export_compressed_tensors(models: Exportable, folder: str | os.PathLike[str]
 
 def _tensors(name: str, layer: QuantizedLayer, *, has_bias: bool) -> dict[str, Tensor]:
     state = layer.state()
-    if not isinstance(layer.operator, Linear):
-        raise LayerError(name, "is no linear layer, and compressed-tensors packs no others; exclude it")
+    if not isinstance(layer.operator, Linear) or layer.operator.transposed:
+        raise LayerError(name, "is no torch.nn.Linear, and this layout packs no others; exclude it")
     if state.activation is not None:
         raise LayerError(name, "has a quantized input, which this layout does not hold; quantize with activation_bits=None")
     bits = state.weight_grid.bits
