@@ -30,8 +30,8 @@ class Recipe:
         flavour: whether a layer sees the float input or what the quantized layers before it make of it.
         sampling: rows for each layer, and the share of samples that judge.
         symmetric_weights: True: weight zero-points are 0; False: one for each step.
-        weight_group: consecutive inputs of a linear layer whose weights share a step (and zero-point) in each output channel, for example 64;
-            None: all. Convolutions have one step for each output channel in any case.
+        weight_group: how many consecutive weights of an output channel of a linear layer, or of a row of an embedding, share a step and
+            zero-point, for example 64; None: all of them, as in convolutions in any case.
         behind_clips: whether a layer's error counts only as far as what follows reads of its output, behind a ReLU for example. Finding
             that out is the one backward pass that a recipe makes which neither trains nor measures sensitivities by gradients.
         attention_bits: of the factors of attention products (query, key, softmax output, value), 2 to 8, in models of the transformers

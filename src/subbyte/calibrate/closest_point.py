@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from subbyte.quantizers.granularity import column_groups, group_sums
+from subbyte.quantizers.granularity import column_groups, group_count, group_sums
 
 COLUMN_BLOCK = 64
 STEP_SWEEPS = 20  # of a fit of steps to codes, at most
+STEP_NUMBERS = 1 << 24  # of the equations that are solved at once
 
 
 def tree_search(optimum: Tensor, hessian: Tensor, step: Tensor, low: Tensor, high: Tensor, paths: int) -> tuple[Tensor, Tensor]:
@@ -174,11 +175,11 @@ def coordinate_descent(levels: Tensor, optimum: Tensor, hessian: Tensor, step: T
 
 
 def closed_form_step(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor, group: int | None) -> Tensor:
-    """The steps that fit given codes best: `s = v^T H w* / v^T H v`.
+    """The steps that fit given codes best: `s = v^T H w* / v^T H v`; the old one where that is not positive.
 
-    With column groups, the `s_k` that minimise `(w* - sum_k s_k v_k)^T H (w* - sum_k s_k v_k)`, `v_k` the codes of group `k`: the normal
-    equations `A s = b`, `A_kl = v_k^T H v_l`, `b_k = v_k^T H w*`, by exact minimisation of one step after the other (Gauss-Seidel), so that
-    the objective never rises. A step whose minimiser is not positive stays as it is.
+    With column groups, the `s_k` that minimise `(w* - sum_k s_k v_k)^T H (w* - sum_k s_k v_k)`, `v_k` the codes of group `k`: `A s = b`
+    with `A_kl = v_k^T H v_l`, `b_k = v_k^T H w*`. Where one of these is not positive, each step is minimised in turn instead, and stays
+    where its minimiser is not positive. The objective never rises.
 
     Args:
         levels: codes `v`, zero-point subtracted, float32 (G, O, n).
@@ -190,20 +191,39 @@ def closed_form_step(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Te
     Returns:
         The new `s`, the shape of `scale`.
     """
-    products, wanted = [], []
-    for columns in column_groups(levels.shape[2], group):
-        product = levels[..., columns] @ hessian[:, columns]
-        wanted.append((product * optimum).sum(dim=2))
-        products.append(group_sums(product.mul_(levels), group))
-    matrix, right = torch.stack(products, dim=2), torch.stack(wanted, dim=2)  # (G, O, K, K), (G, O, K)
-    found = right.new_zeros(right.shape) + scale.view(right.shape)
-    for _ in range(1 if len(products) == 1 else STEP_SWEEPS):
+    most = max(1, STEP_NUMBERS // group_count(levels.shape[2], group) ** 2)
+    parts = zip(*(values.split(most, dim=1) for values in (levels, optimum, scale)), strict=True)  # output channels are independent
+    return torch.cat([_fitted(v, w, hessian, s, group) for v, w, s in parts], dim=1)
+
+
+def _fitted(levels: Tensor, optimum: Tensor, hessian: Tensor, scale: Tensor, group: int | None) -> Tensor:
+    groups = column_groups(levels.shape[2], group)
+    products = [levels[..., columns] @ hessian[:, columns] for columns in groups]
+    right = torch.stack([(product * optimum).sum(dim=2) for product in products], dim=2).double()  # b, (G, O, K)
+    matrix = torch.stack([group_sums(product * levels, group) for product in products], dim=2).double()  # A, (G, O, K, K)
+    found = scale.view(right.shape).double()
+    if len(groups) > 1:
+        found = _solved(matrix, right, found)
+    for _ in range(STEP_SWEEPS if len(groups) > 1 else 1):
         before = found.clone()
-        for k in range(len(products)):
+        for k in range(len(groups)):
             below = matrix[..., k, k]
-            others = (matrix[..., k, :] * found).sum(dim=2) - below * found[..., k] if len(products) > 1 else 0.0
-            fitted = (right[..., k] - others) / below.clamp(min=torch.finfo(below.dtype).tiny)
+            slope = right[..., k] - (matrix[..., k, :] * found).sum(dim=2)
+            fitted = found[..., k] + slope / below.clamp(min=torch.finfo(below.dtype).tiny)
             found[..., k] = torch.where((below > 0) & (fitted > 0), fitted, found[..., k])
         if bool(((found - before).abs() <= 1e-4 * before).all()):
             break
-    return found.view(scale.shape)
+    return found.float().clamp(min=torch.finfo(torch.float32).tiny).view(scale.shape)
+
+
+def _solved(matrix: Tensor, right: Tensor, old: Tensor) -> Tensor:
+    """The solution of `A s = b` where all of it is positive and it has the lower objective, elsewhere `old`; float64 (G, O, K)."""
+    dead = matrix.diagonal(dim1=2, dim2=3) <= 0  # a group of codes that are all zero
+    factor, failed = torch.linalg.cholesky_ex(matrix + torch.diag_embed(dead.double()))
+    solved = torch.cholesky_solve(torch.where(dead, old, right)[..., None], factor)[..., 0]
+
+    def objective(steps: Tensor) -> Tensor:
+        return (((matrix @ steps[..., None])[..., 0] - 2 * right) * steps).sum(dim=2)
+
+    better = (failed == 0) & (solved > 0).all(dim=2) & (objective(solved) <= objective(old))
+    return torch.where(better[..., None], solved, old)

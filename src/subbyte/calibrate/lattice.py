@@ -97,8 +97,8 @@ class Lattice(Solver):
         """Error feedback alone, column by column: GPTQ's part of Lattice, for comparison.
 
         One step for all columns of a group, known before the first code; no descent, no other starts, no search of the input's step. As in
-        GPTQ, 0.01 of the mean of `diag H` is added to it. Unlike there, the bias makes good for the mean error, and steps are the best of many
-        clippings.
+        GPTQ, 0.01 of the mean of `diag H` is added to it. Unlike there, the bias makes good for the mean error, and steps are the best of
+        many clippings.
 
         Source:
             Frantar et al. 2022 (arXiv 2210.17323), with "act-order" and "static groups".
@@ -107,9 +107,7 @@ class Lattice(Solver):
             >>> Lattice.columns().rounds
             0
         """
-        return cls(
-            ridges=(0.01,), step_ratios=(1.0,), shifted_ratios=(), rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0
-        )
+        return cls(ridges=(0.01,), step_ratios=(1.0,), shifted_ratios=(), rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0)
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.

@@ -149,7 +149,7 @@ def state_of(item: CalibratedLayer, solution: LayerSolution) -> QuantizedState:
         codes=item.layer.operator.from_matrix(solution.codes),
         scale=solution.scale.flatten(0, 1),
         zero_point=solution.zero_point.flatten(0, 1),
-        bias=solution.bias.flatten(),
+        bias=solution.bias.flatten() if item.layer.operator.multiplies else None,
         weight_grid=item.weight_grid,
         activation=activation,
     )

@@ -79,4 +79,4 @@ def group_sums(values: Tensor, group: int | None) -> Tensor:
         return values.sum(dim=-1, keepdim=True)
     columns = values.shape[-1]
     padded = F.pad(values, (0, -columns % group))
-    return padded.unflatten(-1, (-1, group)).sum(dim=-1)
+    return padded.view(*values.shape[:-1], -1, group).sum(dim=-1)
