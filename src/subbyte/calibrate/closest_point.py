@@ -30,7 +30,7 @@ def tree_search(optimum: Tensor, hessian: Tensor, step: Tensor, low: Tensor, hig
         hessian: `H`, float64 (G, n, n), positive definite.
         step: `s`, float32 (G, O, 1), or one for each weight (G, O, n).
         low: smallest code, zero-point subtracted, float32, the shape of `step`.
-        high: largest code, likewise.
+        high: largest code, likewise, the shape of `step`.
         paths: partial codes to keep for each output channel.
 
     Returns:
@@ -80,7 +80,7 @@ def error_feedback(optimum: Tensor, hessian: Tensor, step: Tensor, low: Tensor, 
         hessian: `H`, float64 (G, n, n), positive definite.
         step: `s`, float32 (G, O, 1), or one for each weight (G, O, n).
         low: smallest code, zero-point subtracted, float32, the shape of `step`.
-        high: largest code, likewise.
+        high: largest code, likewise, the shape of `step`.
 
     Returns:
         Codes `v`, zero-point subtracted, float32 (G, O, n), integer-valued.
@@ -134,7 +134,7 @@ def coordinate_descent(levels: Tensor, optimum: Tensor, hessian: Tensor, step: T
         hessian: `H`, float32 (G, n, n).
         step: `s`, float32 (G, O, 1), or one for each weight (G, O, n).
         low: smallest code, zero-point subtracted, float32, the shape of `step`.
-        high: largest code, likewise.
+        high: largest code, likewise, the shape of `step`.
 
     Returns:
         The new codes, and the share of all codes that moved.
