@@ -20,8 +20,8 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` (or on
 
 With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always.
 
-The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; among a few, the one is taken whose `w*` has
-the least error on held-out rows.
+The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; among a few, the one is taken whose codes
+have the least error on held-out rows, by steps 1 and 2 at 4 bits.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
+JUDGED = Grid(4, symmetric=True)  # by which a ridge is chosen, for all grids of the weights
+JUDGED_OUTPUTS = 48  # output channels by which it is chosen, at most
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Lattice(Solver):
     """Closest lattice point by error feedback and coordinate descent.
 
     Args:
-        ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose real weights do best on held-out rows is taken.
+        ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose 4-bit codes do best on held-out rows is
+            taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
         step_ratios: steps to start from, as multiples of the one that step 1 finds.
@@ -230,17 +233,30 @@ class Lattice(Solver):
         return of_best(steps).view(scale.shape), of_best(zeros).view(zero.shape), of_best(levels)
 
     def _best_ridge(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> float:
-        """The ridge whose real weights have the least error on held-out rows."""
+        """The ridge whose codes have the least error on held-out rows: at 4 bits, by steps 1 and 2, for some of the output channels.
+
+        Real weights do not tell: they are the trained ones, or nearly, where the input stays in float32 or has 8 bits, whatever the ridge.
+        """
+        if len(self.ridges) == 1:
+            return self.ridges[0]
         inputs = quantized_inputs(problem.held_out.inputs, activation, problem.activation_grid)
         targets = problem.clip(problem.held_out.targets)
+        some = slice(None, None, -(-targets.shape[2] // JUDGED_OUTPUTS))
         best, least = self.ridges[0], torch.inf
-        for ridge in self.ridges if len(self.ridges) > 1 else ():
-            _, optimum = least_squares(moments, problem.weight, ridge)
-            bias = moments.mean_y - (optimum @ moments.mean_x[..., None])[..., 0]
-            outputs = problem.clip(torch.baddbmm(bias.float()[:, None, :], inputs, optimum.float().mT))
-            error = float((outputs - targets).square().sum())
+        for ridge in self.ridges:
+            hessian, optimum = least_squares(moments, problem.weight, ridge)
+            weight = self._judged(optimum[:, some], hessian).double()
+            bias = moments.mean_y[:, some] - (weight @ moments.mean_x[..., None])[..., 0]
+            outputs = torch.baddbmm(bias.float()[:, None, :], inputs, weight.float().mT)
+            error = float((problem.clip(outputs) - targets[..., some]).square().sum())
             best, least = (ridge, error) if error < least else (best, least)
         return best
+
+    def _judged(self, optimum: Tensor, hessian: Tensor) -> Tensor:
+        """What a ridge is judged by: weights on the grid `JUDGED`, by steps 1 and 2 from one start."""
+        scale, zero = weight_step(optimum.float(), hessian.diagonal(dim1=1, dim2=2).float(), JUDGED, self.weight_range)
+        low, high = JUDGED.ends(zero[..., None])
+        return error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]
 
 
 def read_only(problem: LayerProblem, solution: LayerSolution) -> LayerProblem:
