@@ -220,8 +220,8 @@ def receipt(result: Result) -> str:
         lines.append("stays in float32:")
         lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in result.left_out]
     if products := products_of(result.model):
-        bits = next(iter(products.values())).grid.bits
-        lines.append(f"attention products at {bits} bits in {len(products)} layers; attention is computed in its eager form")
+        product_bits = next(iter(products.values())).grid.bits
+        lines.append(f"attention products at {product_bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
     size, measured = result.size_bytes, result.measured
