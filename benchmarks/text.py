@@ -2,7 +2,7 @@
 
     python benchmarks/text.py classify --out docs/results/text.json     # MiniLM on SST-2: about 20 minutes on two cores
     python benchmarks/text.py embed --model FOLDER --out docs/results/embeddings.json
-    python benchmarks/text.py answer                                    # a BERT-base of full size with a question answering head: time, memory
+    python benchmarks/text.py answer                                    # a BERT-base of full size that answers questions: time, memory
     python benchmarks/text.py table --out docs/results/text.json
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many

@@ -78,7 +78,7 @@ class Assembler:
         Args:
             options: `(weight bits, activation bits or None)` by layer name.
         """
-        models = prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
+        models = prepare(self.original, self.layers, options, self.clips, self.norms, self.recipe.weights)
         assign_products_(models.quantized, self.product_grids)
         return models
 

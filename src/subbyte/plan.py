@@ -130,15 +130,15 @@ def measured_profile(assembler: Assembler, budget: Budget) -> Profile | None:
         OptionError: if the runtime is not installed, or the profile is of other weights than the recipe's.
         ModelError: if a layer cannot be run.
     """
-    symmetric = assembler.recipe.symmetric_weights
+    weights = assembler.recipe.weights
     if budget.timing is None:
         given = budget.seconds if isinstance(budget.seconds, Profile) else None
-        if given is not None and given.timing.symmetric_weights != symmetric:
-            raise OptionError("the profile is of weights with zero-points, the recipe's have none, or the other way round; measure again")
+        if given is not None and given.timing.weights != weights:
+            raise OptionError(f"the profile is of weights on {given.timing.weights}, the recipe's are on {weights}; measure again")
         return given
     options = for_tables((budget.choices or Choices()).of([layer.name for layer in assembler.layers]), assembler.tables)
     layers = layers_at(assembler.original, assembler.calibration.batches, budget.timing.batch_size, list(options))
-    timing = replace(budget.timing, symmetric_weights=symmetric)
+    timing = replace(budget.timing, weights=weights)
     return measure_layers(layers, options, timing, assembler.kept.bank, assembler.observer)
 
 

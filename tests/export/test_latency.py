@@ -80,14 +80,14 @@ def test_affine_weights_of_8_bits_have_no_int8_kernel() -> None:
     module = nn.Conv2d(4, 8, 3)
     operator = operator_of(module)
     assert operator is not None
-    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8, False), ((7, 8), (8, 8)), OnnxRuntimeCPU())
+    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8, subbyte.Grid(8)), ((7, 8), (8, 8)), OnnxRuntimeCPU())
     assert operators(files[7, 8].content) == ["QLinearConv"] and "QLinearConv" not in operators(files[8, 8].content)
 
 
 def test_a_profile_of_other_weights_is_refused() -> None:
     given = Profile(TIMING, 1, "none", {}, {name: {(8, 8): LayerTime(1.0, 1.0)} for name in ("0", "2", "5")})
     recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=False)
-    with pytest.raises(OptionError, match="profile is of weights with zero-points"):
+    with pytest.raises(OptionError, match="profile is of weights on Grid.bits=8, symmetric=True"):
         subbyte.quantize(net(), DATA, budget=Budget(latency=9.0, seconds=given, choices=Choices((8,))), recipe=recipe)
 
 

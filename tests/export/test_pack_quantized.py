@@ -25,8 +25,8 @@ def net() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def quantized(model: nn.Module, *, symmetric: bool = True, widths: Widths = MIXED) -> subbyte.Result:
-    recipe = Recipe(symmetric_weights=symmetric, solver=RoundToNearest())
+def quantized(model: nn.Module, *, symmetric: bool = True, widths: Widths = MIXED, group: int | None = None) -> subbyte.Result:
+    recipe = Recipe(symmetric_weights=symmetric, solver=RoundToNearest(), weight_group=group)
     return subbyte.quantize(model, torch.randn(64, 33), widths=widths, recipe=recipe)
 
 
@@ -70,13 +70,15 @@ def test_a_bias_that_the_float_layer_has_not_goes_and_the_loss_is_measured_witho
     assert result.model[0].bias.abs().sum() > 0
 
 
+@pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_compressed_tensors_reads_it(symmetric: bool, tmp_path: Path) -> None:
+def test_compressed_tensors_reads_it(symmetric: bool, group: int | None, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed: pip install 'subbyte[compressed-tensors]'")
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
-    result = quantized(net(), symmetric=symmetric)
+    widths = MIXED if group is None else Widths(4, None, pinned={"4": (3, None)}, exclude=["0", "6"])
+    result = quantized(net(), symmetric=symmetric, widths=widths, group=group)
     result.export_compressed_tensors(tmp_path)
     config = QuantizationConfig(**json.loads((tmp_path / "config.json").read_text())["quantization_config"])
     model, compressor = net(), ModelCompressor(quantization_config=config)

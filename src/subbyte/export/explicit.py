@@ -60,10 +60,10 @@ class _File:
         if len(names) != 1 or not names <= OPERATORS:
             return None
         name, kind = names.pop(), self.constants[codes].data_type
+        block = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
         if kind == INT4:
-            block = next((attribute.i for attribute in node.attribute if attribute.name == "block_size"), 0)
             return f"{name}, INT4 weights" if block in INT4_BLOCKS else None
-        whole = kind == INT8 and all(self._is_quantized(layer.input[0]) for layer in layers)
+        whole = kind == INT8 and not block and all(self._is_quantized(layer.input[0]) for layer in layers)
         return f"{name}, INT8" if whole else None
 
     def _is_quantized(self, name: str) -> bool:

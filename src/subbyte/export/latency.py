@@ -13,18 +13,20 @@ import platform
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from subbyte.calibrate.models import group_of
 from subbyte.choices import Choices
 from subbyte.errors import LayerError, OptionError
 from subbyte.export.packed import LIBRARY_VERSION
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.batches import Batch, as_batches, sample_count, select_samples
 from subbyte.model.layers import Layer, check_model, survey
+from subbyte.quantizers.grid import Grid
 from subbyte.run.bank import Bank, Entry, digest
 from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone, ignore
 from subbyte.widths import Option, for_tables
@@ -45,7 +47,7 @@ class Timing:
         target: in whose runtime.
         threads: processor threads; None takes those of torch.
         batch_size: samples in one forward.
-        symmetric_weights: whether weights have no zero-points.
+        weights: grid of weights; its bits do not matter.
 
     Raises:
         OptionError: if a number is below 1, or the target's runtime cannot be run here.
@@ -58,7 +60,7 @@ class Timing:
     target: Target = OnnxRuntimeCPU()
     threads: int | None = None
     batch_size: int = 1
-    symmetric_weights: bool = True
+    weights: Grid = Grid(8, symmetric=True)
 
     def __post_init__(self) -> None:
         if (self.threads is not None and self.threads < 1) or self.batch_size < 1:
@@ -220,7 +222,7 @@ def measure_layers(
         if not layer.operator.multiplies:
             floats[layer.name], times[layer.name] = NO_TIME, dict.fromkeys(options[layer.name], NO_TIME)
             continue
-        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, timing.symmetric_weights)
+        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, _grid(layer, timing.weights))
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}
@@ -294,6 +296,10 @@ class _Bench:
     def _key(self, what: object, option: Option) -> str:
         processor = (platform.machine(), platform.processor(), os.cpu_count())
         return digest("latency", LIBRARY_VERSION, what, option, self.timing.target, self.threads, self.runtime, processor)
+
+
+def _grid(layer: Layer, weights: Grid) -> Grid:
+    return replace(weights, group=group_of(layer, weights.group))
 
 
 def _macs_of_a_call(layer: Layer) -> int:

@@ -31,6 +31,7 @@ from subbyte.export.targets import Target
 from subbyte.export.trace import trace
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
+from subbyte.quantizers.granularity import group_count
 from subbyte.quantizers.grid import Grid
 from subbyte.widths import Option
 
@@ -47,14 +48,19 @@ class Geometry:
         weight_shape: of the weight.
         input_shape: samples first.
         outputs: number of output channels.
-        symmetric: whether weights have no zero-points.
+        weights: grid of its weights; its bits do not matter.
     """
 
     operator: Operator
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     outputs: int
-    symmetric: bool = True
+    weights: Grid = Grid(8, symmetric=True)
+
+    @property
+    def unknowns(self) -> int:
+        """Weights of one output channel."""
+        return math.prod(self.weight_shape) // self.outputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,8 +81,7 @@ class _Bare(nn.Module):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        unknowns = math.prod(geometry.weight_shape) / geometry.outputs
-        self.weight = nn.Parameter(torch.randn(geometry.weight_shape) / math.sqrt(unknowns))
+        self.weight = nn.Parameter(torch.randn(geometry.weight_shape) / math.sqrt(geometry.unknowns))
         self.bias = nn.Parameter(torch.randn(geometry.outputs))
         self.operator = geometry.operator
         self.eval()
@@ -126,7 +131,7 @@ def quantized_files(geometry: Geometry, options: tuple[Option, ...], target: Tar
         for option in options:
             if option[1] == activation_bits:
                 model = ir.from_proto(template)
-                filled = with_constants(model, {KEY: _at(constants, Grid(option[0], symmetric=geometry.symmetric))}).model
+                filled = with_constants(model, {KEY: _at(constants, replace(geometry.weights, bits=option[0]))}).model
                 found[option] = _with_codes_at_its_ends(to_file_bytes(filled, compact=False)[0], x)
     return found
 
@@ -144,9 +149,10 @@ def _template(geometry: Geometry, activation_bits: int | None, target: Target, x
         grid = Grid(activation_bits)
         step = (x.amax() - x.amin()) / (grid.highest - grid.lowest)
         activation = (step, (-x.amin() / step).round().to(torch.int32), grid)
-    scale, zero = torch.full((geometry.outputs,), 0.01), torch.zeros(geometry.outputs, dtype=torch.int32)
+    steps = [geometry.outputs] + ([] if geometry.weights.group is None else [group_count(geometry.unknowns, geometry.weights.group)])
+    scale, zero = torch.full(steps, 0.01), torch.zeros(steps, dtype=torch.int32)
     codes = torch.zeros(geometry.weight_shape, dtype=torch.int16)
-    layer.assign_(QuantizedState(codes, scale, zero, bare.bias.detach(), Grid(8, symmetric=geometry.symmetric), activation))
+    layer.assign_(QuantizedState(codes, scale, zero, bare.bias.detach(), replace(geometry.weights, bits=8), activation))
     model = marked(nn.Sequential(layer))
     graph = trace(model.model, x)
     if target.int8_between:

@@ -3,9 +3,9 @@
 A folder with `config.json`, whose `quantization_config` says which layers have how many bits, and `model.safetensors`:
 
     NAME.weight_packed      int32 (O, ceil(n b / 32))   stored codes of a row: code i in bits i b to i b + b - 1, lowest first
-    NAME.weight_scale       float32 (O, 1)
+    NAME.weight_scale       float32 (O, K)              K column groups, one without them
     NAME.weight_shape       int64 (2,)                  O, n
-    NAME.weight_zero_point  int32 (ceil(O b / 32), 1)   of affine weights, packed likewise along the channels
+    NAME.weight_zero_point  int32 (ceil(O b / 32), K)   of affine weights, packed likewise along the channels
     NAME.bias               float32 (O,)                where the float layer has one
 
 and everything else under its own name. Stored codes are those of the packed file. At 2, 4 and 8 bits no code crosses a word, as older
@@ -40,6 +40,7 @@ from subbyte.model.fold import Fold
 from subbyte.model.operators import Linear
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of
+from subbyte.quantizers.grid import Grid
 from subbyte.run.files import write_file
 
 TENSORS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -124,15 +125,18 @@ def _tensors(name: str, layer: QuantizedLayer, *, has_bias: bool) -> dict[str, T
         raise LayerError(name, "is no torch.nn.Linear, and this layout packs no others; exclude it")
     if state.activation is not None:
         raise LayerError(name, "has a quantized input, which this layout does not hold; quantize with activation_bits=None")
-    bits = state.weight_grid.bits
+    bits, group = state.weight_grid.bits, state.weight_grid.group
+    if group is not None and state.codes.shape[1] % group:
+        raise LayerError(name, f"has {state.codes.shape[1]} inputs, which this layout cannot cut into groups of {group}")
     tensors = {
         "weight_packed": _packed_rows(_stored(state), bits),
-        "weight_scale": state.scale.cpu()[:, None].clone(),
+        "weight_scale": state.scale.cpu().view(len(state.scale), -1).clone(),
         "weight_shape": torch.tensor(state.codes.shape),
     }
     if not state.weight_grid.symmetric:
-        tensors["weight_zero_point"] = _packed_rows(state.zero_point.cpu()[None].to(torch.uint8), bits).mT.contiguous()
-    return tensors | ({"bias": state.bias.cpu().clone()} if has_bias else {})
+        zero = state.zero_point.cpu().view(len(state.scale), -1).to(torch.uint8)
+        tensors["weight_zero_point"] = _packed_rows(zero.mT.contiguous(), bits).mT.contiguous()
+    return tensors | ({"bias": state.bias.cpu().clone()} if has_bias and state.bias is not None else {})
 
 
 def _stored(state: QuantizedState) -> Tensor:
@@ -165,23 +169,21 @@ def _config(model: nn.Module, layers: Mapping[str, QuantizedLayer]) -> dict[str,
     config: dict[str, Any] = dict(to_dict()) if callable(to_dict) else {}
     if config and not config.get("architectures"):
         config["architectures"] = [type(model).__name__]
-    groups: dict[tuple[int, bool], list[str]] = defaultdict(list)
+    groups: dict[Grid, list[str]] = defaultdict(list)
     for name, layer in layers.items():
-        grid = layer.state().weight_grid
-        groups[grid.bits, grid.symmetric].append(name)
+        groups[layer.state().weight_grid].append(name)
     return config | {
         "quantization_config": {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {f"group_{index}": _group(*kind, names) for index, (kind, names) in enumerate(sorted(groups.items()))},
+            "config_groups": {f"group_{index}": _group(grid, names) for index, (grid, names) in enumerate(groups.items())},
             "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
         }
     }
 
 
-def _group(bits: int, symmetric: bool, names: Sequence[str]) -> dict[str, Any]:  # noqa: FBT001 - a pair of a mapping's keys
-    return {
-        "targets": list(names),
-        "weights": {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel", "dynamic": False},
-    }
+def _group(grid: Grid, names: Sequence[str]) -> dict[str, Any]:
+    strategy = {"strategy": "channel"} if grid.group is None else {"strategy": "group", "group_size": grid.group}
+    weights = {"num_bits": grid.bits, "type": "int", "symmetric": grid.symmetric, "dynamic": False}
+    return {"targets": list(names), "weights": weights | strategy}

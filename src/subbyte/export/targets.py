@@ -35,6 +35,8 @@ class Target(ABC):
     compact: bool = False
     signed_codes: bool = False
     """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
+    weight_groups: tuple[int, ...] = ()
+    """Sizes of column groups that it has kernels for."""
     timed: bool = True
     """Whether `open` gives the runtime itself, so that times say something about it."""
 
@@ -269,6 +271,7 @@ class TensorRT(Target):
 
     int8_between = True
     signed_codes = True
+    weight_groups = (64, 128)
     timed = False
 
     def version(self) -> str:
