@@ -141,7 +141,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     if not marked.states:
         raise ModelError("nothing in this model is quantized, so there is nothing to export")
     judge = Judge.of(models.original, models.calibration, models.loss)
-    example = models.calibration.batches[0]
+    example = translation.Example.of(models.calibration.batches)
     graph = translation.trace(marked.model, example)
     quantizers = 0
     if target.int8_between:

@@ -22,9 +22,8 @@ from subbyte.errors import LayerError, ModelError
 from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
-from subbyte.export.trace import exported_program, quiet
+from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import Stored, widen_
-from subbyte.model.batches import Batch
 from subbyte.model.operators import Convolution
 
 OPSET = 21  # the first with INT4
@@ -45,19 +44,19 @@ class OnnxGraph:
     weights: Mapping[str, str]
 
 
-def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
+def to_onnx(graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants]) -> OnnxGraph:
     """Translate a graph.
 
     Args:
         graph: a placed graph, see `placement`, or that of a float model.
-        batch: an example of what it takes.
+        example: of what it takes.
         constants: of the layers, by key.
 
     Raises:
         ModelError: if torch.onnx cannot translate an operator of the model.
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    program = exported_program(graph, batch)
+    program = exported_program(graph, example)
     try:
         with quiet(), torch.no_grad():
             translated = torch.onnx.export(

@@ -13,20 +13,19 @@ from subbyte.export.onnx_file import to_file_bytes
 from subbyte.export.onnx_graph import to_onnx
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
-from subbyte.export.trace import Simulated, trace
-from subbyte.model.batches import Batch
+from subbyte.export.trace import Example, Simulated, trace
 
-__all__ = ["Simulated", "fix_constants_", "marked", "place_", "simplify_", "to_file", "trace"]
+__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_", "simplify_", "to_file", "trace"]
 
 
 def to_file(
-    graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, compact: bool = False
+    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], *, compact: bool = False
 ) -> tuple[bytes, dict[str, WeightSite]]:
     """A graph as the bytes of an ONNX file.
 
     Args:
         graph: a placed graph with its constants fixed, or that of a float model.
-        batch: an example of what it takes.
+        example: of what it takes.
         constants: of the layers, by key.
         compact: whether repeated groups of operators become functions of the file.
 
@@ -36,7 +35,7 @@ def to_file(
     Raises:
         ModelError: if the model cannot be translated.
     """
-    translated = to_onnx(graph, batch, constants)
+    translated = to_onnx(graph, example, constants)
     content, renamed = to_file_bytes(translated.model, compact=compact)
     file = onnx.load_from_string(content).graph
     readers: dict[str, list[onnx.NodeProto]] = {}
