@@ -27,7 +27,7 @@ from subbyte.calibrate.loss import OutputLoss
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.targets import Simulation, Target
-from subbyte.export.verify import Verification, verify
+from subbyte.export.verify import Clock, Verification, verify
 from subbyte.model.replace import copy_of
 from subbyte.run.files import write_file
 
@@ -49,6 +49,10 @@ class Demands:
         faster: than the float model's file in the same runtime; otherwise there is a warning.
         int8: every quantized layer runs in an int8 kernel; otherwise those that do not are listed.
         threads: processor threads of the runtime; None takes those of torch.
+        batch_size: samples in one of the runs that are timed.
+
+    Raises:
+        OptionError: if a number is below 1.
 
     Example:
         >>> Demands(faster=True).int8
@@ -58,6 +62,13 @@ class Demands:
     faster: bool = False
     int8: bool = True
     threads: int | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads are at least 1, not {self.threads}")
+        if self.batch_size < 1:
+            raise OptionError(f"batch_size is at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +144,6 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
         LayerError: if a layer does not run in int8 where that is demanded.
         FileError: if the file cannot be written, or the runtime refuses it.
     """
-    if demands.threads is not None and demands.threads < 1:
-        raise OptionError(f"threads are at least 1, not {demands.threads}")
     translation = _translation()
     models = replace(models, quantized=copy_of(models.quantized).cpu(), original=copy_of(models.original).cpu())
     marked = translation.marked(models.quantized)
@@ -154,8 +163,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)
-    threads = demands.threads or torch.get_num_threads()
-    verification = verify((content, plain), kernels, simulation, judge.batches, target, threads)
+    clock = Clock(demands.threads or torch.get_num_threads(), demands.batch_size)
+    verification = verify((content, plain), kernels, simulation, judge.batches, target, clock)
     told = _warnings(verification, demands, target)
     write_file(path, content)
     for text in told:
@@ -191,10 +200,7 @@ def _warnings(verification: Verification, demands: Demands, target: Target) -> t
     if verification.size_bytes >= verification.float_bytes:
         told.append(f"the file has {verification.size_bytes:,} bytes, not fewer than the float model's {verification.float_bytes:,}")
     if verification.speed < 1.0 and target.int8_between:
-        slower = (
-            f"the file is not faster: {verification.milliseconds:.3f} ms a sample in {verification.target}, the float model "
-            f"{verification.float_milliseconds:.3f} ms"
-        )
+        slower = f"the file is not faster in {verification.target}: {verification.timing}"
         if demands.faster:
             raise ModelError(f"{slower}; nothing was written")
         told.append(slower)

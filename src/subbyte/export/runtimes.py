@@ -39,6 +39,15 @@ class WeightSite:
     outputs: tuple[str, ...]
 
 
+def input_names(content: bytes) -> tuple[str, ...]:
+    """Names of a file's inputs, in its order.
+
+    Args:
+        content: of the ONNX file.
+    """
+    return tuple(value.name for value in onnx.load_from_string(content).graph.input)
+
+
 def open_onnxruntime(content: bytes, *, optimized: bool, threads: int) -> Callable[[Arrays], Arrays]:
     """A file in ONNX Runtime.
 

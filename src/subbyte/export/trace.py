@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.fx.node import map_aggregate
 
 from subbyte.errors import ModelError
 from subbyte.model.batches import Batch, describe, map_tensors, sample_count, tensors
@@ -51,7 +52,9 @@ class Example:
         largest = max(batches, key=lambda batch: sum(x[:1].numel() for x in tensors(batch) if x.dim()))
         shapes = [[tuple(x.shape) for x in tensors(in_order(batch, largest))] for batch in batches]
         if any([len(shape) for shape in other] != [len(shape) for shape in shapes[0]] for other in shapes):
-            raise ModelError("the calibration batches are not of one structure, so that there is no graph for all of them; give one per export")
+            raise ModelError(
+                "the calibration batches are not of one structure, so that no graph takes them all; export with one kind of batch"
+            )
         batch = _few(largest)
         count = sample_count(batch)
         varying, lengths = set(), set()
@@ -156,11 +159,15 @@ class Simulated(nn.Module):
     """A graph that computes in float64 and takes and gives float32.
 
     Args:
-        graph: a traced model; its parameters and buffers are converted.
+        graph: a traced model; its parameters, buffers and numbers that it makes are converted.
     """
 
     def __init__(self, graph: GraphModule) -> None:
         super().__init__()
+        for node in graph.graph.nodes:
+            node.args = map_aggregate(node.args, _widened)
+            node.kwargs = map_aggregate(node.kwargs, _widened)
+        graph.recompile()
         self.graph = graph.double()
         self.training = False
 
@@ -173,6 +180,10 @@ class Simulated(nn.Module):
         """
         args, kwargs = map_tensors((args, kwargs), lambda x: x.double() if x.dtype == torch.float32 else x)
         return map_tensors(self.graph(*args, **kwargs), lambda x: x.float() if x.dtype == torch.float64 else x)
+
+
+def _widened(argument: Any) -> Any:
+    return torch.float64 if argument is torch.float32 else argument
 
 
 @contextmanager
