@@ -68,8 +68,13 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
         Constants by key, in running order; the weight's and bias's markers carry the keys.
 
     Raises:
-        LayerError: if a layer's weight is not where it is looked for.
+        LayerError: if a layer's weight is not where it is looked for, or the layer does not multiply.
     """
+    tables = [name for name, operator in marked.operators.items() if not operator.multiplies]
+    if tables:
+        raise LayerError(
+            tables[0], "is a table that rows are looked up in, which has no form in a file yet; exclude it to export the model"
+        )
     found: dict[str, LayerConstants] = {}
     calls = [(node, layer) for node in graph.graph.nodes if (layer := key_of(node)) is not None]
     for index, (node, layer) in enumerate(calls):
