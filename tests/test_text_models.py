@@ -158,3 +158,47 @@ def test_a_folder_without_a_packed_file_and_a_foreign_model_are_refused(tmp_path
         result.save_pretrained(tmp_path / "out")
     with pytest.raises(subbyte.FileError, match="holds no 'model.subbyte.safetensors'"):
         subbyte.load_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", *CAUSAL])
+def test_attention_products_are_quantized_where_asked_for(tmp_path: Path, name: str) -> None:
+    model = text_models.model(name)
+    data = batches(name, model)
+    losses = {}
+    for bits in (None, 8, 3):
+        result = subbyte.quantize(model, data, widths=subbyte.Widths(8, 8), recipe=subbyte.Recipe(attention_bits=bits))
+        losses[bits] = result.measured.loss
+        assert (f"attention products at {bits} bits in 2 layers" in str(result)) == (bits is not None)
+        assert result.save_pretrained(tmp_path / f"{bits}") == result.size_bytes
+        again = subbyte.load_pretrained(tmp_path / f"{bits}")
+        assert torch.equal(outputs(again, data[0])[0], outputs(result.model, data[0])[0])
+    assert losses[8] < 2 * losses[None] + 1e-4 < losses[3]
+    assert model.config._attn_implementation == "eager"  # the user's model is as it was
+
+
+def test_factors_of_attention_lie_on_their_grids() -> None:
+    model = text_models.model("BertForSequenceClassification")
+    data = batches("BertForSequenceClassification", model)
+    result = subbyte.quantize(model, data, widths=subbyte.Widths(8, 8), recipe=subbyte.Recipe(attention_bits=3))
+    seen: dict[str, Tensor] = {}
+    products = result.model.get_submodule("bert.encoder.layer.0.attention.self.attention_products")
+    products.register_forward_hook(lambda module, args, output: seen.__setitem__(args[0], output))
+    outputs(result.model, data[0])
+    assert set(seen) == {"query", "key", "weights", "value"}
+    assert all(len(factor.unique()) <= 8 for factor in seen.values())
+    assert float(seen["weights"].min()) == 0.0
+
+
+def test_gradients_pass_the_products() -> None:
+    model = text_models.model("BertForSequenceClassification")
+    recipe = subbyte.Recipe(attention_bits=4, refinements=(subbyte.BiasTuning(epochs=1, mixing=0.0),))
+    result = subbyte.quantize(model, batches("BertForSequenceClassification", model), widths=subbyte.Widths(3, 8), recipe=recipe)
+    assert not any("nothing done" in note for note in result.refinements[0].notes)
+
+
+def test_products_need_an_attention_layer_of_the_library() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4)).eval()
+    with pytest.raises(subbyte.OptionError, match="this model holds none"):
+        subbyte.quantize(model, torch.randn(16, 4), recipe=subbyte.Recipe(attention_bits=8))
+    with pytest.raises(subbyte.OptionError, match="2 to 8 bits"):
+        subbyte.Recipe(attention_bits=9)

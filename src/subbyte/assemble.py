@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
+from subbyte.calibrate.products import assign_products_, product_grids
 from subbyte.calibrate.refinement import RefinementReport, refine_guarded_
 from subbyte.calibrate.whole import Judge, Measured, guard_whole_
 from subbyte.model.clipping import Clip
@@ -76,7 +78,14 @@ class Assembler:
         Args:
             options: `(weight bits, activation bits or None)` by layer name.
         """
-        return prepare(self.original, self.layers, options, self.clips, self.norms, symmetric=self.recipe.symmetric_weights)
+        models = prepare(self.original, self.layers, options, self.clips, self.norms, self.recipe.weights)
+        assign_products_(models.quantized, self.product_grids)
+        return models
+
+    @cached_property
+    def product_grids(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Steps and zero-points of attention products, by the attention layer's name, (4,) each; none where they stay in float32."""
+        return product_grids(self.original, self.calibration)
 
     def assemble(self, options: Mapping[str, Option]) -> Assembled:
         """Solve every layer at its widths, keep the better of calibrated and plainly rounded, refine.

@@ -15,6 +15,7 @@ from subbyte.calibrate.kept import Kept, run_digest
 from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.whole import Judge
 from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
+from subbyte.model.attention import add_products_
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
 from subbyte.model.fold import fold_batch_norms_, norm_outputs
@@ -80,7 +81,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     chosen.of([layer.name for layer in found.layers])
     check_output(output)
 
-    original = copy_of(model)
+    original = _float_model(model, recipe, batches[0])
     folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
     calibration = CalibrationSet.drawn(batches, share, seed)
@@ -111,3 +112,11 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         original=original,
         calibration=calibration,
     )
+
+
+def _float_model(model: nn.Module, recipe: Recipe, batch: Batch) -> nn.Module:
+    """A copy of the float model, with room for everything that the recipe quantizes beside layers."""
+    original = copy_of(model)
+    if recipe.attention_bits is not None:
+        add_products_(original, recipe.attention_bits, batch)
+    return original

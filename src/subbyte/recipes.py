@@ -15,6 +15,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
+from subbyte.quantizers.grid import MAX_BITS, Grid
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
 
@@ -28,15 +29,22 @@ class Recipe:
         baseline: what the solver has to beat on held-out rows, layer by layer, and on held-out samples as a whole.
         flavour: whether a layer sees the float input or what the quantized layers before it make of it.
         sampling: rows for each layer, and the share of samples that judge.
-        symmetric_weights: True: weight zero-points are 0; False: one for each output channel.
+        symmetric_weights: True: weight zero-points are 0; False: one for each step.
+        weight_group: how many consecutive weights of an output channel of a linear layer, or of a row of an embedding, share a step and
+            zero-point, for example 64; None: all of them, as in convolutions in any case.
         behind_clips: whether a layer's error counts only as far as what follows reads of its output, behind a ReLU for example. Finding
             that out is the one backward pass that a recipe makes which neither trains nor measures sensitivities by gradients.
+        attention_bits: of the factors of attention products (query, key, softmax output, value), 2 to 8, in models of the transformers
+            library; None leaves them in float32.
         fold_batch_norms: whether batch norms are folded into the layers before them, where outputs prove it right.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
         choices: the options of every layer, where a budget chooses the widths and has none of its own.
         sensitivity: measures what each layer does to the model at each option, where a budget chooses the widths.
         refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
+
+    Raises:
+        OptionError: if `attention_bits` is no integer from 2 to 8, or `weight_group` no positive one.
 
     Example:
         >>> Recipe(flavour=Flavour.PARALLEL).solver.name
@@ -48,12 +56,24 @@ class Recipe:
     flavour: Flavour = Flavour.SEQUENTIAL
     sampling: RowSampling = RowSampling()
     symmetric_weights: bool = True
+    weight_group: int | None = None
     behind_clips: bool = True
+    attention_bits: int | None = None
     fold_batch_norms: bool = True
     loss: OutputLoss = RelativeSquaredError()
     choices: Choices = Choices()
     sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.attention_bits is not None:
+            Grid(self.attention_bits)
+        _ = self.weights  # refuses an impossible group
+
+    @property
+    def weights(self) -> Grid:
+        """What the grids of all weights have in common; of 8 bits, where widths do not say otherwise."""
+        return Grid(MAX_BITS, self.symmetric_weights, self.weight_group)
 
     @property
     def method(self) -> Method:

@@ -20,6 +20,7 @@ from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.packed import pack_model, to_bytes
 from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
+from subbyte.model.attention import products_of
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
 from subbyte.plan import Plan
@@ -36,6 +37,7 @@ class LayerReport:
         name: qualified name.
         kind: class and settings of the float module.
         weight_bits: width of its weight codes.
+        weight_group: weights that share a step; None: all of an output channel.
         activation_bits: width of its input, or None where that stays in float32.
         float_bytes: weight and bias in float32.
         size_bytes: codes, steps, zero-points and bias in the packed file, header not counted.
@@ -51,6 +53,7 @@ class LayerReport:
     name: str
     kind: str
     weight_bits: int
+    weight_group: int | None
     activation_bits: int | None
     float_bytes: int
     size_bytes: int
@@ -204,17 +207,24 @@ def receipt(result: Result) -> str:
         result: of a run.
     """
     width = max(len("layer"), *(len(layer.name) for layer in result.layers))
-    head = f"{'layer':{width}}  {'W':>2} {'A':>3} {'float bytes':>12} {'bytes':>10}  {'error':>8} {'rounding':>8}  kept"
+    weights = [f"{layer.weight_bits}" + ("" if layer.weight_group is None else f"/{layer.weight_group}") for layer in result.layers]
+    wide = max(2, *map(len, weights))
+    head = f"{'layer':{width}}  {'W':>{wide}} {'A':>3} {'float bytes':>12} {'bytes':>10}  {'error':>8} {'rounding':>8}  kept"
     lines = [head, "-" * len(head)]
-    for layer in result.layers:
+    for layer, bits in zip(result.layers, weights, strict=True):
         inputs = "-" if layer.activation_bits is None else str(layer.activation_bits)
         kept = layer.solver if layer.rejected_error is None else f"{layer.solver} (solver had {layer.rejected_error:.2g})"
         numbers = f"{layer.float_bytes:>12,} {layer.size_bytes:>10,}  {layer.error:>8.2g} {layer.baseline_error:>8.2g}"
-        lines.append(f"{layer.name:{width}}  {layer.weight_bits:>2} {inputs:>3} {numbers}  {kept}{'; ' + layer.note if layer.note else ''}")
+        lines.append(f"{layer.name:{width}}  {bits:>{wide}} {inputs:>3} {numbers}  {kept}{'; ' + layer.note if layer.note else ''}")
     lines.append("error: squared error of the layer's output on held-out rows, relative to its variance; rounding: that of plain rounding")
+    if any(layer.weight_group for layer in result.layers):
+        lines.append("W: bits of the weights / weights that share a step, where these are not all of an output channel")
     if result.left_out:
         lines.append("stays in float32:")
         lines += [f"  {left.name} ({left.kind}, {left.parameters:,} parameters): {left.reason}" for left in result.left_out]
+    if products := products_of(result.model):
+        product_bits = next(iter(products.values())).grid.bits
+        lines.append(f"attention products at {product_bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
     size, measured = result.size_bytes, result.measured
@@ -273,9 +283,10 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> L
         name=layer.name,
         kind=layer.kind,
         weight_bits=grid.bits,
+        weight_group=grid.group,
         activation_bits=activation_bits,
         float_bytes=4 * (layer.weight_count + (layer.outputs if layer.has_bias else 0)),
-        size_bytes=LayerSize.of(layer, symmetric=grid.symmetric).bytes((grid.bits, activation_bits)),
+        size_bytes=LayerSize.of(layer, grid).bytes((grid.bits, activation_bits)),
         solver=kept.solver,
         error=judged.baseline_error if kept is judged.baseline else judged.error,
         baseline_error=judged.baseline_error,

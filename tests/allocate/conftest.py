@@ -16,6 +16,7 @@ from subbyte.calibrate.models import Models, at_option, prepare, state_of
 from subbyte.calibrate.reconstruct import Solved, reconstruct
 from subbyte.model.batches import as_batches
 from subbyte.model.layers import survey
+from subbyte.quantizers.grid import Grid
 from subbyte.run.bank import Bank
 from subbyte.run.events import ignore
 from subbyte.widths import Option
@@ -60,7 +61,7 @@ def case(model: nn.Module, samples: Tensor) -> Case:
     data = CalibrationSet.drawn(as_batches(samples), 0.25, 0)
     found, _ = survey(model, data.batches)
     options = {layer.name: OPTIONS for layer in found.layers}
-    models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, symmetric=True)
+    models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, Grid(8, symmetric=True))
     solved = reconstruct(models, options, data, Recipe().method, Kept(Bank(), "test"), ignore)
     layers = [
         LayerOptions(item, {o: state_of(at_option(item, o), judged.solution) for o, judged in solved[item.layer.name].items()})

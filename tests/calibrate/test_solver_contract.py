@@ -21,6 +21,7 @@ from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver,
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.errors import LayerError
 from subbyte.quantizers.affine import dequantize
+from subbyte.quantizers.granularity import column_groups, group_count, per_weight
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile
 
@@ -28,6 +29,7 @@ SOLVERS: list[Solver] = [
     RoundToNearest(),
     RoundToNearest(weight_range=MinMax(), activation_range=Percentile(99.9)),
     Lattice(),
+    Lattice.columns(),
     Lattice(weight_range=MinMax(), activation_range=LeastOutputError(count=8), rounds=1, activation_rounds=0),
     AdaQuant(iterations=6, checks=2),
     AdaQuant(iterations=4, batch_rows=5, decay=False, checks=1),
@@ -55,6 +57,10 @@ GRIDS: dict[str, tuple[Grid, Grid | None]] = {
     "W3": (Grid(3, symmetric=True), None),
     "affine W4A8": (Grid(4), Grid(8)),
     "affine W2": (Grid(2), None),
+    "W3A8 groups of 4": (Grid(3, symmetric=True, group=4), Grid(8)),
+    "affine W4 groups of 5": (Grid(4, group=5), None),
+    "W2 groups of 1": (Grid(2, symmetric=True, group=1), None),
+    "W4 one group": (Grid(4, symmetric=True, group=1000), None),
 }
 
 solvers = pytest.mark.parametrize("solver", SOLVERS, ids=[f"{solver.name}-{index}" for index, solver in enumerate(SOLVERS)])
@@ -69,11 +75,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def check(problem: LayerProblem, solution: LayerSolution) -> None:
     """`LayerSolution`'s docstring, and that nothing in it is NaN or infinite."""
-    groups, outputs, _ = problem.weight.shape
+    groups, outputs, n = problem.weight.shape
     grid = problem.weight_grid
+    steps = (groups, outputs) if grid.group is None else (groups, outputs, group_count(n, grid.group))
+    assert solution.group == grid.group
     assert (solution.codes.dtype, solution.codes.shape) == (torch.int16, problem.weight.shape)
-    assert (solution.scale.dtype, solution.scale.shape) == (torch.float32, (groups, outputs))
-    assert (solution.zero_point.dtype, solution.zero_point.shape) == (torch.int32, (groups, outputs))
+    assert (solution.scale.dtype, solution.scale.shape) == (torch.float32, steps)
+    assert (solution.zero_point.dtype, solution.zero_point.shape) == (torch.int32, steps)
     assert (solution.bias.dtype, solution.bias.shape) == (torch.float32, (groups, outputs))
     assert int(solution.codes.min()) >= grid.lowest and int(solution.codes.max()) <= grid.highest
     assert bool((solution.scale > 0).all())
@@ -138,25 +146,27 @@ def test_global_chance_is_not_touched(solver: Solver, make_problem: MakeProblem)
 
 
 def on_grid(weight: Tensor, grid: Grid) -> Tensor:
-    """Put a weight on a grid of its own for each channel, both ends of it in use; in place."""
-    groups, outputs, n = weight.shape
+    """Put a weight on a grid of its own for each channel or column group, both ends of it in use; in place."""
+    n = weight.shape[2]
     chance = generator(7)
     codes = torch.randint(grid.lowest, grid.highest + 1, weight.shape, generator=chance)
-    codes[..., 0], codes[..., 1] = grid.lowest, grid.highest
-    zero_point = (
-        torch.zeros(groups, outputs, 1) if grid.symmetric else torch.randint(1, grid.highest, (groups, outputs, 1), generator=chance)
-    )
-    return weight.copy_(dequantize(codes, torch.rand(groups, outputs, 1, generator=chance) + 0.1, zero_point))
+    for columns in column_groups(n, grid.group):
+        codes[..., columns.start], codes[..., columns.stop - 1] = grid.lowest, grid.highest
+    steps = (*weight.shape[:2], *([] if grid.group is None else [group_count(n, grid.group)]))
+    zero_point = torch.zeros(steps) if grid.symmetric else torch.randint(1, grid.highest, steps, generator=chance)
+    scale = torch.rand(steps, generator=chance) + 0.1
+    return weight.copy_(dequantize(codes, per_weight(scale, grid.group, n), per_weight(zero_point, grid.group, n)))
 
 
 @solvers
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 4, 5])
 @pytest.mark.parametrize("shape", [{}, {"groups": 3, "outputs": 2, "unknowns": 9}], ids=["one group", "grouped"])
 def test_exact_when_the_weight_is_on_the_grid(
-    solver: Solver, bits: int, symmetric: bool, shape: dict[str, int], make_problem: MakeProblem
+    solver: Solver, bits: int, symmetric: bool, group: int | None, shape: dict[str, int], make_problem: MakeProblem
 ) -> None:
-    grid = Grid(bits, symmetric=symmetric)
+    grid = Grid(bits, symmetric=symmetric, group=group)
     problem = make_problem(**shape, weight_grid=grid, activation_grid=None, change=lambda inputs, weight: on_grid(weight, grid))
     solution = solver.solve(problem, generator())
     assert relative_error(problem, solution, problem.held_out) < 1e-9
@@ -165,7 +175,7 @@ def test_exact_when_the_weight_is_on_the_grid(
 
 @pytest.mark.parametrize("solver", SOLVES_GROUPS_APART, ids=lambda solver: solver.name)
 @pytest.mark.parametrize("shape", [{"groups": 3, "outputs": 4, "unknowns": 6}, {"groups": 8, "outputs": 1, "unknowns": 9}], ids=str)
-@pytest.mark.parametrize("grid", [Grid(3, symmetric=True), Grid(3)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(3, symmetric=True), Grid(3), Grid(3, group=4)], ids=str)
 def test_groups_are_solved_as_if_alone(solver: Solver, shape: dict[str, int], grid: Grid, make_problem: MakeProblem) -> None:
     problem = make_problem(**shape, weight_grid=grid, activation_grid=None)
     together = solver.solve(problem, generator())
@@ -252,13 +262,20 @@ def test_degenerate_layers_are_solved(
     bits=st.integers(2, 8),
     activation_bits=st.none() | st.integers(2, 8),
     symmetric=st.booleans(),
+    group=st.none() | st.integers(1, 6),
     seed=st.integers(0, 1000),
 )
 def test_any_small_layer_is_solved(
-    solver: Solver, bits: int, activation_bits: int | None, symmetric: bool, make_problem: MakeProblem, **shape: int
+    solver: Solver,
+    bits: int,
+    activation_bits: int | None,
+    symmetric: bool,
+    group: int | None,
+    make_problem: MakeProblem,
+    **shape: int,
 ) -> None:
     activation_grid = None if activation_bits is None else Grid(activation_bits)
-    problem = make_problem(**shape, weight_grid=Grid(bits, symmetric=symmetric), activation_grid=activation_grid)
+    problem = make_problem(**shape, weight_grid=Grid(bits, symmetric=symmetric, group=group), activation_grid=activation_grid)
     judged = solve_guarded(problem, solver, BASELINE, generator())
     check(problem, judged.solution)
     assert relative_error(problem, judged.solution, problem.held_out) <= judged.baseline_error

@@ -40,6 +40,18 @@ class Everything(nn.Module):
         return self.fc(x.mean((2, 3)) * self.scale)
 
 
+class Words(nn.Module):
+    """Layers that may have column groups: a table, a Linear, and the Conv1D of transformers, whose weight counts inputs first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.table, self.fc, self.mix = nn.Embedding(11, 10), nn.Linear(10, 7), conv1d(6, 7)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.mix(self.fc(self.table(ids)).relu())
+
+
 def reader() -> dict[str, Any]:
     names: dict[str, Any] = {}
     exec(READER, names)
@@ -59,6 +71,21 @@ def test_the_reader_is_short_and_needs_only_numpy() -> None:
     imported = {alias.name for node in ast.walk(ast.parse(READER)) if isinstance(node, ast.Import) for alias in node.names}
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(READER)))
     assert imported - set(sys.stdlib_module_names) == {"numpy"}
+
+
+@pytest.mark.parametrize("group", [None, 3, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_reader_knows_column_groups_and_layers_without_a_bias(tmp_path: Path, symmetric: bool, group: int | None) -> None:
+    ids = torch.randint(0, 11, (32, 5))
+    recipe = subbyte.Recipe(symmetric_weights=symmetric, weight_group=group)
+    result = subbyte.quantize(Words().eval(), ids, widths=subbyte.Widths(3, 8), recipe=recipe)
+    result.save(tmp_path / "words")
+    read, about = reader()["read"](tmp_path / "words")
+    assert about["group"] == [group or 0] * 3 and about["bias"] == [0, 1, 1] and about["transposed"] == [0, 0, 1]
+    for name, (weight, bias, _) in read.items():
+        layer = result.model.get_submodule(name)
+        np.testing.assert_array_equal(weight, layer.weight.numpy(), err_msg=name)
+        assert (bias is None) == (layer.bias is None)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -90,8 +117,8 @@ def test_the_reader_notices_damage_and_a_newer_format(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checksum"):
         reader()["read"](path)
     content[-1] ^= 1
-    path.write_bytes(content.replace(b'\\"format_version\\":1,', b'\\"format_version\\":2,'))
-    with pytest.raises(ValueError, match="newer"):
+    path.write_bytes(content.replace(b'\\"format_version\\":2,', b'\\"format_version\\":3,'))
+    with pytest.raises(ValueError, match="format 3"):
         reader()["read"](path)
 
 
@@ -103,6 +130,6 @@ def test_the_page_lists_every_tensor_and_every_key(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     keys = json.loads(header.pop("__metadata__")["subbyte"][32:])
     named = [*keys, *(name for name in header if name.startswith("subbyte."))]
-    assert len(named) == 11 + 6
+    assert len(named) == 13 + 6
     assert [name for name in named if f"| `{name}` |" not in text] == []
     assert "codes 1, 2, 3 at\n3 bits are the bytes 209, 0" in text  # the doctest of export.bits

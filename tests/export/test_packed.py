@@ -31,6 +31,7 @@ from subbyte.run.files import write_file
 
 SYMMETRIC = subbyte.rounding()
 AFFINE = replace(SYMMETRIC, symmetric_weights=False)
+RECIPES = [replace(recipe, weight_group=group) for recipe in (SYMMETRIC, AFFINE) for group in (None, 1, 3, 64)]
 
 
 class Net(nn.Module):
@@ -83,7 +84,7 @@ options = st.tuples(bits, st.none() | bits)
 
 
 @settings(max_examples=25)
-@given(st.lists(options, min_size=3, max_size=3), st.sampled_from((SYMMETRIC, AFFINE)), st.sampled_from((2, 4, 6)))
+@given(st.lists(options, min_size=3, max_size=3), st.sampled_from(RECIPES), st.sampled_from((2, 4, 6)))
 def test_size_is_what_is_promised_and_outputs_are_bit_identical(
     tmp_path_factory: pytest.TempPathFactory, layers: list[tuple[int, int | None]], recipe: subbyte.Recipe, width: int
 ) -> None:
@@ -99,7 +100,7 @@ def test_size_is_what_is_promised_and_outputs_are_bit_identical(
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in found.model.state_dict().items())
 
 
-@given(st.lists(options, min_size=3, max_size=3), st.sampled_from((SYMMETRIC, AFFINE)))
+@given(st.lists(options, min_size=3, max_size=3), st.sampled_from(RECIPES))
 @settings(max_examples=10)
 def test_layers_rest_and_header_add_up_to_the_file(
     tmp_path_factory: pytest.TempPathFactory, layers: list[tuple[int, int | None]], recipe: subbyte.Recipe
@@ -111,6 +112,16 @@ def test_layers_rest_and_header_add_up_to_the_file(
     with safetensors.safe_open(file, framework="pt") as content:
         rest = sum(content.get_tensor(name).nbytes for name in content.keys() if not name.startswith("subbyte."))  # noqa: SIM118
     assert sum(layer.size_bytes for layer in found.layers) + rest + header == size
+
+
+def test_groups_take_the_bytes_of_their_steps() -> None:
+    torch.manual_seed(0)
+    x, float_model = torch.randn(16, 100), nn.Sequential(nn.Linear(100, 7)).eval()
+    plain, grouped, affine = (
+        quantized(float_model, Widths(4, 8), recipe, x=x).layers[0].size_bytes
+        for recipe in (SYMMETRIC, replace(SYMMETRIC, weight_group=32), replace(AFFINE, weight_group=32))
+    )
+    assert (plain, grouped - plain, affine - grouped) == (350 + 7 * 8 + 5, 7 * 3 * 4, 7 * 4)
 
 
 def packed_of(inputs: int, outputs: int, grid: Grid, other_bytes: int) -> bytes:
@@ -267,6 +278,12 @@ def rewrite(path: Path, **changes: object) -> None:
         {"names": ["stem", "stem", "head"]},
         {"shapes": [[4, 3, 3, 3], [4, 2, 3, 3], [4, 5]]},
         {"channels": [4, 4]},
+        {"group": [0, 0, 2]},
+        {"group": [0, 0, -1]},
+        {"group": [2, 0, 0]},
+        {"group": [0, 0]},
+        {"bias": [1, 1, 0]},
+        {"bias": None},
         {"weight_bits": [4, 4, 9]},
         {"weight_bits": "444"},
         {"folds": []},
@@ -287,6 +304,12 @@ def test_altered_metadata_is_refused(path: Path, change: dict[str, object]) -> N
 def test_a_newer_format_asks_for_a_newer_subbyte(path: Path) -> None:
     rewrite(path, format_version=FORMAT_VERSION + 1)
     with pytest.raises(FileError, match=f"has format {FORMAT_VERSION + 1}.*install a newer subbyte"):
+        load(path, into=Net())
+
+
+def test_an_older_format_asks_to_quantize_again(path: Path) -> None:
+    rewrite(path, format_version=1)
+    with pytest.raises(FileError, match="has format 1, which no released subbyte wrote or reads; quantize the model again"):
         load(path, into=Net())
 
 

@@ -48,7 +48,7 @@ def rounded(model: nn.Module, data: Tensor | Sequence[Tensor], held_out: Sequenc
     original = copy_of(model)
     folds = fold_batch_norms_(original, found.layers, batches)
     options = {layer.name: (2, 3) for layer in found.layers}
-    models = prepare(original, found.layers, options, {}, norm_outputs(model, folds), symmetric=True)
+    models = prepare(original, found.layers, options, {}, norm_outputs(model, folds), Grid(8, symmetric=True))
     counts = [len(batch) for batch in batches]
     mask = torch.zeros(sum(counts), dtype=torch.bool)
     mask[list(held_out)] = True

@@ -18,6 +18,8 @@ from subbyte.export.bits import packed_size
 from subbyte.export.packed import pack_model, state_bytes, to_bytes
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer
+from subbyte.quantizers.granularity import group_count
+from subbyte.quantizers.grid import Grid
 from subbyte.widths import Option
 
 FLOAT_BITS = 32
@@ -34,7 +36,8 @@ class LayerSize:
         outputs: number of output channels.
         macs: multiply-accumulate operations for one sample.
         symmetric: whether weights have no zero-points.
-        table: whether rows are looked up in it: its input has no width.
+        table: whether rows are looked up in it: its input has no width, and it has no bias.
+        steps: weight steps of each output channel, one for each column group.
     """
 
     weights: int
@@ -42,16 +45,18 @@ class LayerSize:
     macs: int
     symmetric: bool
     table: bool = False
+    steps: int = 1
 
     @classmethod
-    def of(cls, layer: Layer, *, symmetric: bool) -> LayerSize:
+    def of(cls, layer: Layer, weights: Grid) -> LayerSize:
         """The sizes of a layer.
 
         Args:
             layer: of the model.
-            symmetric: whether its weights will have no zero-points.
+            weights: grid of its weights; its bits do not matter.
         """
-        return cls(layer.weight_count, layer.outputs, layer.macs, symmetric, not layer.operator.multiplies)
+        steps = group_count(layer.unknowns, weights.group)
+        return cls(layer.weight_count, layer.outputs, layer.macs, weights.symmetric, not layer.operator.multiplies, steps)
 
     def bytes(self, option: Option) -> int:
         """Codes, steps, zero-points and biases in the packed file, header not counted.
@@ -64,7 +69,7 @@ class LayerSize:
             25
         """
         weight_bits, activation_bits = option
-        channel_bytes = self.outputs * (4 + 4 + (0 if self.symmetric else 1))
+        channel_bytes = self.outputs * (self.steps * (4 if self.symmetric else 5) + (0 if self.table else 4))
         return packed_size(self.weights, weight_bits) + channel_bytes + (0 if activation_bits is None else 5)
 
     def bit_operations(self, option: Option) -> int:
@@ -152,7 +157,7 @@ def costs_of(models: Models, option: Mapping[str, Option], folds: Sequence[Fold]
         model: the float model as it came.
         seconds: time of a layer's forward at an option, or None.
     """
-    sizes = {item.layer.name: LayerSize.of(item.layer, symmetric=item.weight_grid.symmetric) for item in models.layers}
+    sizes = {item.layer.name: LayerSize.of(item.layer, item.weight_grid) for item in models.layers}
     for item in models.layers:
         here = at_option(item, option[item.layer.name])
         item.quantized.assign_(state_of(here, _zeros(here)))
@@ -164,7 +169,8 @@ def costs_of(models: Models, option: Mapping[str, Option], folds: Sequence[Fold]
 def _zeros(item: CalibratedLayer) -> LayerSolution:
     """A solution of codes that stand for zero."""
     codes = torch.zeros_like(item.float_weight(), dtype=torch.int16)
-    bias = item.float_bias()
-    zero = torch.zeros_like(bias, dtype=torch.int32)
+    bias, group = item.float_bias(), item.weight_grid.group
+    scale = bias.new_ones(bias.shape if group is None else (*bias.shape, group_count(codes.shape[2], group)))
+    zero = torch.zeros_like(scale, dtype=torch.int32)
     activation = None if item.activation_grid is None else (bias.new_ones(()), zero.new_zeros(()))
-    return LayerSolution(codes, torch.ones_like(bias), zero, bias, activation, "none")
+    return LayerSolution(codes, scale, zero, bias, activation, "none", group)

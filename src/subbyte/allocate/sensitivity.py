@@ -23,7 +23,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError
 from subbyte.model.batches import Batch
 from subbyte.model.quantized_layer import QuantizedState
-from subbyte.quantizers.affine import dequantize, fake_quantize
+from subbyte.quantizers.affine import fake_quantize
 from subbyte.run.bank import Entry, digest
 from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone
 from subbyte.widths import Option
@@ -120,8 +120,7 @@ class LayerOptions:
         state, operator = self.states[option], self.item.layer.operator
         if state.activation is not None:
             x = fake_quantize(x, *state.activation)
-        scale, zero_point = (operator.per_channel(values, state.codes) for values in (state.scale, state.zero_point))
-        return operator(x, dequantize(state.codes, scale, zero_point), state.bias)
+        return operator(x, state.weight(operator), state.bias)
 
     def float_output(self, x: Tensor) -> Tensor:
         """The float layer's output.

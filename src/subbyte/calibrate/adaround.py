@@ -69,7 +69,7 @@ class AdaRound(Solver):
             generator: draws the rows of each gradient step.
         """
         start = self.start.solve(problem, generator)
-        scale, zero, grid = start.scale[..., None], start.zero_point[..., None], problem.weight_grid
+        scale, zero, grid = start.per_weight(start.scale), start.per_weight(start.zero_point), problem.weight_grid
         ratio = problem.weight / scale
         floor = ratio.floor()
         share = ((ratio - floor).clamp(1e-3, 1 - 1e-3) - GAMMA) / (ZETA - GAMMA)

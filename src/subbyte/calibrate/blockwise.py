@@ -339,7 +339,7 @@ class _Training:
         for item in self.items:
             name = item.layer.name
             start = self.start[name]
-            spread = spreads[name].expand(start.scale.shape)
+            spread = spreads[name].expand(start.bias.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers[name] = TrainableLayer(item, parameters, self.settings.float_share, generator)
         return layers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -90,14 +91,14 @@ class JointParameters:
         self, start: LayerSolution, weight: Tensor, spread: Tensor, weight_grid: Grid, activation_grid: Grid | None, *, relative: bool
     ) -> None:
         self.start, self.weight_grid, self.activation_grid, self._relative = start, weight_grid, activation_grid, relative
-        step = start.scale[..., None]
+        step = start.per_weight(start.scale)
         on_grid = start.weight()
         inside_cell = on_grid + (weight - on_grid).clamp(-0.49 * step, 0.49 * step)
         spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
         self._bias_unit = spread if relative else torch.ones_like(spread)
         self.raw_weight = (inside_cell / step if relative else inside_cell).requires_grad_()
         self.raw_bias = (start.bias / self._bias_unit).requires_grad_()
-        self.raw_weight_step = (torch.zeros_like(step) if relative else step.clone()).requires_grad_()
+        self.raw_weight_step = (torch.zeros_like(start.scale) if relative else start.scale.clone()).requires_grad_()
         self.raw_activation: list[Tensor] = []
         if start.activation is not None:
             scale, zero = start.activation
@@ -106,12 +107,12 @@ class JointParameters:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All parameters: weight (G, O, n), bias (G, O), weight step (G, O, 1), input step () and zero-point ()."""
+        """All parameters: weight (G, O, n), bias (G, O), weight step as the solution's `scale`, input step () and zero-point ()."""
         return [self.raw_weight, self.raw_bias, self.raw_weight_step, *self.raw_activation]
 
     def weight(self) -> Tensor:
         """The quantized weight, float32 (G, O, n), with gradients."""
-        zero, step = self.start.zero_point[..., None].float(), self._weight_step()
+        zero, step = self.start.per_weight(self.start.zero_point).float(), self.start.per_weight(self._weight_step())
         if not self._relative:
             return soft_quantize(self.raw_weight, step, zero, self.weight_grid)
         return soft_quantize(self.raw_weight, torch.ones_like(step), zero, self.weight_grid) * step
@@ -136,19 +137,20 @@ class JointParameters:
         Args:
             name: of the solver.
         """
-        weight_step, activation_step, activation_zero = self._weight_step(), self._activation_step(), self._zero_point()
-        zero = self.start.zero_point
+        start, weight_step = self.start, self._weight_step()
+        activation_step, activation_zero = self._activation_step(), self._zero_point()
         unit = torch.ones_like(weight_step) if self._relative else weight_step
-        codes = quantize(self.raw_weight, unit, zero[..., None], self.weight_grid)
+        codes = quantize(self.raw_weight, start.per_weight(unit), start.per_weight(start.zero_point), self.weight_grid)
         activation = None
         if activation_step is not None and activation_zero is not None:
             activation = (activation_step.clone(), activation_zero.round().to(torch.int32))
-        return LayerSolution(codes.to(torch.int16), weight_step[..., 0].clone(), zero, self.bias().clone(), activation, name)
+        found = replace(start, codes=codes.to(torch.int16), scale=weight_step.clone(), bias=self.bias().clone())
+        return replace(found, activation=activation, solver=name)
 
     def _weight_step(self) -> Tensor:
-        """`s_w`, (G, O, 1)."""
+        """`s_w`, the shape of the solution's."""
         if self._relative:
-            return self.start.scale[..., None] * self.raw_weight_step.exp()
+            return self.start.scale * self.raw_weight_step.exp()
         return self.raw_weight_step.clamp(min=torch.finfo(torch.float32).tiny)
 
     def _activation_step(self) -> Tensor | None:

@@ -74,6 +74,7 @@ def _entry(judged: Judged) -> Entry:
     facts = {
         "solver": judged.solution.solver,
         "baseline_solver": judged.baseline.solver,
+        "group": judged.solution.group,
         "rejected": judged.rejected,
         "error": judged.error,
         "baseline_error": judged.baseline_error,
@@ -96,4 +97,4 @@ def _solution(entry: Entry, role: str, solver: str) -> LayerSolution:
     activation = None
     if f"{role}.activation_scale" in tensors:
         activation = (tensors[f"{role}.activation_scale"], tensors[f"{role}.activation_zero_point"])
-    return LayerSolution(codes, scale, zero_point, bias, activation, solver)
+    return LayerSolution(codes, scale, zero_point, bias, activation, solver, entry.facts["group"])

@@ -5,22 +5,23 @@ For a fixed grid of the input, with `x^ = q(x')` and centred moments
     H = Cov(x^, x^) + lambda d I,   c = Cov(x^, y),   d = mean diag Cov(x^, x^)
 
 the bias drops out (`b' = mean y - W^ mean x^`), the best real weights are `w* = H^-1 (c + lambda d w)`, and what remains for every output
-channel is to find the codes `v` (zero-point subtracted) and the step `s` that minimise
+channel is to find the codes `v` (zero-point subtracted) and the step `s` (or one for each column group) that minimise
 
     (w* - s v)^T H (w* - s v)
 
-1. the step and zero-point: the best of many clippings, weighted by `diag H`, and a few around it;
+1. the step and zero-point, of each output channel or of each of its column groups: the best of many clippings, weighted by `diag H`, and
+   a few around it, the same multiples in all groups of a channel;
 2. for each of them column by column with error feedback through the Cholesky factor of `H^-1`, largest `H_jj` first; every output channel
    keeps the step and zero-point with the lowest objective;
 3. coordinate descent: in every output channel the one code moves whose move lowers the objective most, until none does;
-4. the step in closed form, `s = v^T H w* / v^T H v`; 3 and 4 repeat while codes move;
+4. the step in closed form, `s = v^T H w* / v^T H v`, the steps of a channel's groups together; 3 and 4 repeat while codes move;
 5. the input's step is searched again, now against the quantized weight, while the error on held-out rows falls;
 6. where a ReLU or the like follows, 3 and 4 again for targets that ask nothing of outputs that it clips, while the held-out error falls.
 
 With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always.
 
-The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; among a few, the one is taken whose `w*` has
-the least error on held-out rows.
+The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; among a few, the one is taken whose codes
+have the least error on held-out rows, by steps 1 and 2 at 4 bits.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver,
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.steps import least_output_error, starting_activation, weight_step
 from subbyte.errors import OptionError
+from subbyte.quantizers.granularity import per_weight
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
+JUDGED = Grid(4, symmetric=True)  # by which a ridge is chosen, for all grids of the weights
+JUDGED_OUTPUTS = 48  # output channels by which it is chosen, at most
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,14 @@ class Lattice(Solver):
     """Closest lattice point by error feedback and coordinate descent.
 
     Args:
-        ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose real weights do best on held-out rows is taken.
+        ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose 4-bit codes do best on held-out rows is
+            taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
         step_ratios: steps to start from, as multiples of the one that step 1 finds.
         shifted_ratios: likewise with the zero-point one lower and one higher, where weights have zero-points.
         most_unknowns: layers with more weights in an output channel are left to plain rounding, since `H` has their square of numbers.
-        rounds: how often steps 3 and 4 alternate, at most.
+        rounds: how often steps 3 and 4 alternate, at most; 0 leaves the codes as step 2 found them.
         activation_rounds: how often step 5 is tried, at most.
         clip_rounds: how often step 6 is tried, at most.
         searched_unknowns: layers with no more weights in an output channel are searched for the very closest point.
@@ -85,10 +90,27 @@ class Lattice(Solver):
 
     def __post_init__(self) -> None:
         positive = all(number > 0 for number in (*self.ridges, *self.step_ratios, *self.shifted_ratios))
-        counts = min(self.rounds, self.search_paths) >= 1 and min(self.activation_rounds, self.clip_rounds, self.searched_unknowns) >= 0
+        counts = self.search_paths >= 1 and min(self.rounds, self.activation_rounds, self.clip_rounds, self.searched_unknowns) >= 0
         if not self.ridges or not self.step_ratios or not positive or not counts:
-            wanted = "positive ridges, step_ratios, rounds and search_paths and no negative count"
+            wanted = "positive ridges, step_ratios and search_paths and no negative count"
             raise OptionError(f"Lattice needs {wanted}, not {self}")
+
+    @classmethod
+    def columns(cls) -> Lattice:
+        """Error feedback alone, column by column: GPTQ's part of Lattice, for comparison.
+
+        One step for all columns of a group, known before the first code; no descent, no other starts, no search of the input's step. As in
+        GPTQ, 0.01 of the mean of `diag H` is added to it. Unlike there, the bias makes good for the mean error, and steps are the best of
+        many clippings.
+
+        Source:
+            Frantar et al. 2022 (arXiv 2210.17323), with "act-order" and "static groups".
+
+        Example:
+            >>> Lattice.columns().rounds
+            0
+        """
+        return cls(ridges=(0.01,), step_ratios=(1.0,), shifted_ratios=(), rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0)
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.
@@ -150,7 +172,7 @@ class Lattice(Solver):
 
     def _from(self, start: LayerSolution, problem: LayerProblem) -> LayerSolution:
         """Steps 3 and 4 from the codes and the input's grid of an earlier solution."""
-        levels = (start.codes - start.zero_point[..., None]).float()
+        levels = (start.codes - start.per_weight(start.zero_point)).float()
         normal = self._normal_equations(problem, start.activation)
         return self._descended(problem, normal, (start.scale, start.zero_point, levels), start.activation)
 
@@ -163,21 +185,24 @@ class Lattice(Solver):
     ) -> LayerSolution:
         """Steps 3 and 4, for moments, `H` and `w*`, from a step, a zero-point and codes."""
         (moments, hessian, optimum), (scale, zero, levels) = normal, start
-        low, high = problem.weight_grid.ends(zero[..., None])
+        group, n = problem.weight_grid.group, problem.unknowns
+        zeros, steps = per_weight(zero, group, n), per_weight(scale, group, n)
+        low, high = problem.weight_grid.ends(zeros)
         target, h = optimum.float(), hessian.float()
         for _ in range(self.rounds):
-            if optimum.shape[2] <= self.searched_unknowns:
-                found, _ = tree_search(optimum, hessian, scale, low, high, self.search_paths)
+            if n <= self.searched_unknowns:
+                found, _ = tree_search(optimum, hessian, steps, low, high, self.search_paths)
                 moved, levels = float((found != levels).float().mean()), found
             else:
-                levels, moved = coordinate_descent(levels, target, h, scale, low, high)
-            scale = closed_form_step(levels, target, h, scale)
+                levels, moved = coordinate_descent(levels, target, h, steps, low, high)
+            scale = closed_form_step(levels, target, h, scale, group)
+            steps = per_weight(scale, group, n)
             if moved < 1e-3:
                 break
-        weight = levels * scale[..., None]
+        weight = levels * steps
         bias = (moments.mean_y - (weight.double() @ moments.mean_x[..., None])[..., 0]).float()
-        codes = (levels + zero[..., None]).to(torch.int16)
-        return LayerSolution(codes, scale, zero, bias, activation, self.name)
+        codes = (levels + zeros).to(torch.int16)
+        return LayerSolution(codes, scale, zero, bias, activation, self.name, group)
 
     def _starts(self, grid: Grid) -> list[tuple[float, int]]:
         """Step 1's neighbours: factors of the step, and what is added to the zero-point."""
@@ -190,31 +215,48 @@ class Lattice(Solver):
         starts = self._starts(grid)
         steps = torch.cat([scale * ratio for ratio, _ in starts], dim=1)
         zeros = torch.cat([(zero + shift).clamp(grid.lowest, grid.highest) for _, shift in starts], dim=1)
-        low, high = grid.ends(zeros[..., None])
+        low, high = grid.ends(per_weight(zeros, grid.group, n))
+        wide = per_weight(steps, grid.group, n)
         optima = optimum.repeat(1, len(starts), 1)
         if n <= self.searched_unknowns:
-            levels, _ = tree_search(optima, hessian, steps, low, high, self.search_paths)
+            levels, _ = tree_search(optima, hessian, wide, low, high, self.search_paths)
         else:
-            levels = error_feedback(optima, hessian, steps, low, high)
-        error = optima.float() - levels * steps[..., None]
+            levels = error_feedback(optima, hessian, wide, low, high)
+        error = optima.float() - levels * wide
         objective = ((error @ hessian.float()) * error).sum(dim=2).view(groups, len(starts), outputs)
         best = objective.argmin(dim=1, keepdim=True)
-        levels = levels.view(groups, len(starts), outputs, n).gather(1, best[..., None].expand(-1, -1, -1, n))[:, 0]
-        scale, zero = (value.view(groups, len(starts), outputs).gather(1, best)[:, 0] for value in (steps, zeros))
-        return scale, zero, levels
+
+        def of_best(values: Tensor) -> Tensor:
+            each = values.view(groups, len(starts), outputs, -1)
+            return each.gather(1, best[..., None].expand(-1, -1, -1, each.shape[3]))[:, 0]
+
+        return of_best(steps).view(scale.shape), of_best(zeros).view(zero.shape), of_best(levels)
 
     def _best_ridge(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> float:
-        """The ridge whose real weights have the least error on held-out rows."""
+        """The ridge whose codes have the least error on held-out rows: at 4 bits, by steps 1 and 2, for some of the output channels.
+
+        Real weights do not tell: they are the trained ones, or nearly, where the input stays in float32 or has 8 bits, whatever the ridge.
+        """
+        if len(self.ridges) == 1:
+            return self.ridges[0]
         inputs = quantized_inputs(problem.held_out.inputs, activation, problem.activation_grid)
         targets = problem.clip(problem.held_out.targets)
+        some = slice(None, None, -(-targets.shape[2] // JUDGED_OUTPUTS))
         best, least = self.ridges[0], torch.inf
-        for ridge in self.ridges if len(self.ridges) > 1 else ():
-            _, optimum = least_squares(moments, problem.weight, ridge)
-            bias = moments.mean_y - (optimum @ moments.mean_x[..., None])[..., 0]
-            outputs = problem.clip(torch.baddbmm(bias.float()[:, None, :], inputs, optimum.float().mT))
-            error = float((outputs - targets).square().sum())
+        for ridge in self.ridges:
+            hessian, optimum = least_squares(moments, problem.weight, ridge)
+            weight = self._judged(optimum[:, some], hessian).double()
+            bias = moments.mean_y[:, some] - (weight @ moments.mean_x[..., None])[..., 0]
+            outputs = torch.baddbmm(bias.float()[:, None, :], inputs, weight.float().mT)
+            error = float((problem.clip(outputs) - targets[..., some]).square().sum())
             best, least = (ridge, error) if error < least else (best, least)
         return best
+
+    def _judged(self, optimum: Tensor, hessian: Tensor) -> Tensor:
+        """What a ridge is judged by: weights on the grid `JUDGED`, by steps 1 and 2 from one start."""
+        scale, zero = weight_step(optimum.float(), hessian.diagonal(dim1=1, dim2=2).float(), JUDGED, self.weight_range)
+        low, high = JUDGED.ends(zero[..., None])
+        return error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]
 
 
 def read_only(problem: LayerProblem, solution: LayerSolution) -> LayerProblem:

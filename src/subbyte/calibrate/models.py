@@ -11,6 +11,7 @@ from subbyte.calibrate.problem import LayerSolution
 from subbyte.model.clipping import Clip
 from subbyte.model.fold import NormOutput
 from subbyte.model.layers import Layer
+from subbyte.model.operators import Convolution
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.grid import Grid
@@ -76,8 +77,7 @@ def prepare(
     options: Mapping[str, tuple[int, int | None]],
     clips: Mapping[str, Clip],
     norms: Mapping[str, NormOutput],
-    *,
-    symmetric: bool,
+    weights: Grid,
 ) -> Models:
     """A float model beside a copy of it in which every layer is a `QuantizedLayer`, still without codes.
 
@@ -87,7 +87,8 @@ def prepare(
         options: `(weight bits, activation bits or None)` by layer name.
         clips: what is read of the layers' outputs, by layer name; of layers that are not named, everything.
         norms: batch norms that were folded, by layer name.
-        symmetric: whether weight grids are symmetric.
+        weights: what weight grids have beside their bits: whether they are symmetric, and their column groups, which convolutions do not
+            have and layers with no more inputs than that need not have.
     """
     quantized = copy_of(original)
     items = []
@@ -97,10 +98,17 @@ def prepare(
         replace_module_(quantized, old, new)
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None else Grid(activation_bits)
-        weight_grid = Grid(weight_bits, symmetric=symmetric)
+        weight_grid = replace(weights, bits=weight_bits, group=_group(layer, weights.group))
         clip, norm = clips.get(layer.name, Clip()), norms.get(layer.name)
         items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip, norm))
     return Models(original, quantized, tuple(items))
+
+
+def _group(layer: Layer, group: int | None) -> int | None:
+    """The column groups that a layer has of those asked for."""
+    if group is None or isinstance(layer.operator, Convolution):
+        return None
+    return group if group < layer.unknowns else None
 
 
 def at_option(item: CalibratedLayer, option: tuple[int, int | None]) -> CalibratedLayer:
@@ -111,7 +119,7 @@ def at_option(item: CalibratedLayer, option: tuple[int, int | None]) -> Calibrat
         option: `(weight bits, activation bits or None)`.
     """
     weight_bits, activation_bits = option
-    weight_grid = Grid(weight_bits, symmetric=item.weight_grid.symmetric)
+    weight_grid = replace(item.weight_grid, bits=weight_bits)
     return replace(item, weight_grid=weight_grid, activation_grid=None if activation_bits is None else Grid(activation_bits))
 
 
@@ -139,9 +147,9 @@ def state_of(item: CalibratedLayer, solution: LayerSolution) -> QuantizedState:
         activation = (*solution.activation, item.activation_grid)
     return QuantizedState(
         codes=item.layer.operator.from_matrix(solution.codes),
-        scale=solution.scale.flatten(),
-        zero_point=solution.zero_point.flatten(),
-        bias=solution.bias.flatten(),
+        scale=solution.scale.flatten(0, 1),
+        zero_point=solution.zero_point.flatten(0, 1),
+        bias=solution.bias.flatten() if item.layer.operator.multiplies else None,
         weight_grid=item.weight_grid,
         activation=activation,
     )
@@ -155,6 +163,7 @@ def solution_of(item: CalibratedLayer) -> LayerSolution:
     """
     state = item.quantized.state()
     codes = item.layer.operator.to_matrix(state.codes)
-    scale, zero_point, bias = (values.view(codes.shape[:2]) for values in (state.scale, state.zero_point, state.bias))
+    scale, zero_point = (values.unflatten(0, codes.shape[:2]) for values in (state.scale, state.zero_point))
+    bias = scale.new_zeros(codes.shape[:2]) if state.bias is None else state.bias.view(codes.shape[:2])
     activation = None if state.activation is None else (state.activation[0], state.activation[1])
-    return LayerSolution(codes, scale, zero_point, bias, activation, "given")
+    return LayerSolution(codes, scale, zero_point, bias, activation, "given", state.weight_grid.group)

@@ -151,7 +151,7 @@ class _Training:
         for item in items:
             start = solution_of(item)
             seen = outputs.get(item.layer.name)
-            spread = (without_padding(seen[0], real_positions(batch)).std() if seen else start.scale.mean()).expand(start.scale.shape)
+            spread = (without_padding(seen[0], real_positions(batch)).std() if seen else start.scale.mean()).expand(start.bias.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from subbyte.model.clipping import Clip
 from subbyte.quantizers.affine import dequantize, fake_quantize
+from subbyte.quantizers.granularity import per_weight
 from subbyte.quantizers.grid import Grid
 
 T = TypeVar("T")
@@ -109,11 +110,12 @@ class LayerSolution:
 
     Args:
         codes: `Q`, int16 (G, O, n).
-        scale: `s_w`, float32 (G, O).
-        zero_point: `z_w`, int32 (G, O).
+        scale: `s_w`, float32 (G, O), or with a group (G, O, K) for the K column groups, see `quantizers.granularity`.
+        zero_point: `z_w`, int32, the shape of `scale`.
         bias: `b'`, float32 (G, O).
         activation: `(s_x, z_x)`, float32 () and int32 (), or None where the input stays in float32.
         solver: name of the solver that found it.
+        group: weights that share a step, the weight grid's; None: all of an output channel.
 
     Example:
         >>> zero = torch.zeros(1, 1, dtype=torch.int32)
@@ -128,10 +130,22 @@ class LayerSolution:
     bias: Tensor
     activation: tuple[Tensor, Tensor] | None
     solver: str
+    group: int | None = None
 
     def weight(self) -> Tensor:
         """The quantized weight `s_w (Q - z_w)`, float32 (G, O, n)."""
-        return dequantize(self.codes, self.scale[..., None], self.zero_point[..., None])
+        return dequantize(self.codes, self.per_weight(self.scale), self.per_weight(self.zero_point))
+
+    def per_weight(self, steps: Tensor) -> Tensor:
+        """Steps or zero-points laid out so that they broadcast against the codes.
+
+        Args:
+            steps: any dtype, the shape of `scale`.
+
+        Returns:
+            (G, O, 1) or (G, O, n).
+        """
+        return per_weight(steps, self.group, self.codes.shape[-1])
 
 
 class Solver(ABC):

@@ -14,6 +14,7 @@ import torch
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Solver
 from subbyte.calibrate.steps import starting_activation, weight_step
 from subbyte.quantizers.affine import quantize
+from subbyte.quantizers.granularity import per_weight
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 
@@ -22,7 +23,7 @@ class RoundToNearest(Solver):
     """Plain rounding with steps from a range.
 
     Args:
-        weight_range: chooses each output channel's interval.
+        weight_range: chooses the interval of each output channel, or of each of its column groups.
         activation_range: chooses the input's interval.
 
     Source:
@@ -46,6 +47,8 @@ class RoundToNearest(Solver):
         """
         activation = starting_activation(problem, self.activation_range)
         importance = problem.fit.inputs.square().mean(dim=1)
-        scale, zero_point = weight_step(problem.weight, importance, problem.weight_grid, self.weight_range)
-        codes = quantize(problem.weight, scale[..., None], zero_point[..., None], problem.weight_grid)
-        return LayerSolution(codes.to(torch.int16), scale, zero_point, problem.bias, activation, self.name)
+        grid = problem.weight_grid
+        scale, zero_point = weight_step(problem.weight, importance, grid, self.weight_range)
+        steps, zeros = (per_weight(values, grid.group, problem.unknowns) for values in (scale, zero_point))
+        codes = quantize(problem.weight, steps, zeros, grid)
+        return LayerSolution(codes.to(torch.int16), scale, zero_point, problem.bias, activation, self.name, grid.group)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from subbyte.calibrate.problem import LayerProblem
 from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point
+from subbyte.quantizers.granularity import column_groups
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import Range
 
@@ -18,6 +21,8 @@ SKETCH_OUTPUTS = 48
 def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor]:
     """Step and zero-point of each output channel: the candidate with the least `sum_j importance_j (w_j - w^_j)^2`.
 
+    With column groups, of each of them: the best of the group's own candidates and what its whole output channel would have.
+
     Args:
         weight: `W`, float32 (G, O, n).
         importance: weight of each input, float32 (G, n): its second moment, the diagonal of `H`.
@@ -25,8 +30,24 @@ def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range)
         interval: what to choose among.
 
     Returns:
-        `(s_w, z_w)`, float32 and int32, (G, O) each.
+        `(s_w, z_w)`, float32 and int32, (G, O) each, or with column groups (G, O, K).
     """
+    whole = replace(grid, group=None)
+    _, step, zero = _best_candidate(weight, importance, whole, interval)
+    if grid.group is None:
+        return step, zero
+    parts = []
+    for columns in column_groups(weight.shape[2], grid.group):
+        part, share = weight[..., columns], importance[:, columns]
+        cost, own_step, own_zero = _best_candidate(part, share, whole, interval)
+        better = cost < _cost(part, share, step, zero, whole)
+        parts.append((torch.where(better, own_step, step), torch.where(better, own_zero, zero)))
+    steps, zeros = zip(*parts, strict=True)
+    return torch.stack(steps, dim=2), torch.stack(zeros, dim=2)
+
+
+def _best_candidate(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor, Tensor]:
+    """The least cost, and its step and zero-point, (G, O) each."""
     groups, outputs, n = weight.shape
     low, high = interval.candidates(weight.reshape(-1, n))
     best = torch.full((groups, outputs), torch.inf, device=weight.device)
@@ -34,12 +55,17 @@ def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range)
     zero = torch.zeros_like(best, dtype=torch.int32)
     for low_k, high_k in zip(low, high, strict=True):
         scale, zero_point = (value.view(groups, outputs) for value in scale_and_zero_point(low_k, high_k, grid))
-        codes = quantize(weight, scale[..., None], zero_point[..., None], grid)
-        error = weight - dequantize(codes, scale[..., None], zero_point[..., None])
-        cost = (error.square_() @ importance[..., None])[..., 0]
+        cost = _cost(weight, importance, scale, zero_point, grid)
         better = cost < best
         best, step, zero = torch.where(better, cost, best), torch.where(better, scale, step), torch.where(better, zero_point, zero)
-    return step, zero
+    return best, step, zero
+
+
+def _cost(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """`sum_j importance_j (w_j - w^_j)^2`, (G, O), of one step and zero-point for each output channel."""
+    codes = quantize(weight, scale[..., None], zero_point[..., None], grid)
+    error = weight - dequantize(codes, scale[..., None], zero_point[..., None])
+    return (error.square_() @ importance[..., None])[..., 0]
 
 
 def sketched(weight: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ good for an error, so that each row is a problem of its own,
 
     minimise over codes q, step s and zero-point z      || w - s (q - z) ||^2
 
-which is solved by turns: codes by rounding, the step in closed form, `s = <q - z, w> / ||q - z||^2`, from several clippings of the range.
+(or one step and zero-point for each column group), which is solved by turns: codes by rounding, the step in closed form,
+`s = <q - z, w> / ||q - z||^2`, from several clippings of the range.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.calibrate.steps import weight_step
 from subbyte.quantizers.affine import quantize
+from subbyte.quantizers.granularity import group_sums, per_weight
 from subbyte.quantizers.ranges import LeastOutputError
 
 ROUNDS = 8
@@ -47,20 +49,21 @@ def solve_table(item: CalibratedLayer, *, refine: bool) -> Judged:
 def _rounded(item: CalibratedLayer, weight: Tensor) -> LayerSolution:
     grid, parts = item.weight_grid, weight.split(CHUNK_ROWS, dim=1)
     ones = weight.new_ones(weight.shape[0], weight.shape[2])
-    steps = [weight_step(part, ones, grid, LeastOutputError()) for part in parts]
-    scale, zero_point = (torch.cat(values, dim=1) for values in zip(*steps, strict=True))
-    codes = quantize(weight, scale[..., None], zero_point[..., None], grid).to(torch.int16)
-    return LayerSolution(codes, scale, zero_point, torch.zeros_like(scale), None, "RoundToNearest")
+    found = [weight_step(part, ones, grid, LeastOutputError()) for part in parts]
+    scale, zero_point = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
+    steps, zeros = (per_weight(values, grid.group, weight.shape[2]) for values in (scale, zero_point))
+    codes = quantize(weight, steps, zeros, grid).to(torch.int16)
+    return LayerSolution(codes, scale, zero_point, weight.new_zeros(weight.shape[:2]), None, "RoundToNearest", grid.group)
 
 
 def _refined(item: CalibratedLayer, weight: Tensor, start: LayerSolution) -> LayerSolution:
-    scale, zero_point, grid = start.scale, start.zero_point[..., None], item.weight_grid
+    scale, zero_point, grid = start.scale, start.per_weight(start.zero_point), item.weight_grid
     for _ in range(ROUNDS):
-        levels = quantize(weight, scale[..., None], zero_point, grid) - zero_point
-        squares = levels.square().sum(dim=2)
-        best = (levels * weight).sum(dim=2) / squares
+        levels = quantize(weight, start.per_weight(scale), zero_point, grid) - zero_point
+        squares = group_sums(levels.square(), grid.group).view(scale.shape)
+        best = group_sums(levels * weight, grid.group).view(scale.shape) / squares
         scale = torch.where((squares > 0) & (best > 0), best, scale)
-    codes = quantize(weight, scale[..., None], zero_point, grid).to(torch.int16)
+    codes = quantize(weight, start.per_weight(scale), zero_point, grid).to(torch.int16)
     return replace(start, codes=codes, scale=scale, solver="Table")
 
 

@@ -59,6 +59,7 @@ from subbyte.cli.options import (
     ExcludeOption,
     FlavourOption,
     ForceOption,
+    GroupSizeOption,
     ImageSizeOption,
     IncludeOption,
     InputShapeOption,
@@ -141,6 +142,7 @@ def quantize(
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
     symmetric: SymmetricOption = True,  # noqa: FBT002 - the command line gives it by name
+    group_size: GroupSizeOption = None,
     flavour: FlavourOption = None,
     recipe_name: RecipeOption = RecipeName.DEFAULT,
     force: ForceOption = False,  # noqa: FBT002
@@ -152,7 +154,7 @@ def quantize(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. Progress goes to stderr, the receipt to stdout. The file is written at the very end, whole or not at all.
     """
-    recipe = recipe_from(recipe_name, flavour, symmetric=symmetric)
+    recipe = recipe_from(recipe_name, flavour, group_size, symmetric=symmetric)
     choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
     budget = budget_from(limits | {"relative_error": max_error}, minimize, choices, best_effort=best_effort)

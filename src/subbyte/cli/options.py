@@ -64,8 +64,10 @@ PinOption = Annotated[
     list[str] | None,
     typer.Option("--pin", metavar="NAME=W[,A]", help="Other widths for a layer; repeatable, globs too, the last one wins."),
 ]
-SymmetricOption = Annotated[
-    bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or with one for each output channel.")
+SymmetricOption = Annotated[bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or with one for each step.")]
+GroupSizeOption = Annotated[
+    int | None,
+    typer.Option("--group-size", metavar="N", help="Linear layers: one weight step for every N inputs, such as 64; otherwise for all."),
 ]
 FlavourOption = Annotated[
     Flavour | None,
@@ -186,19 +188,24 @@ def pins_from(keep: Sequence[str] | None, pins: Sequence[str] | None, *, float_i
     return pinned
 
 
-def recipe_from(name: RecipeName, flavour: Flavour | None, *, symmetric: bool) -> Recipe:
+def recipe_from(name: RecipeName, flavour: Flavour | None, group_size: int | None = None, *, symmetric: bool) -> Recipe:
     """The recipe that the options name.
 
     Args:
         name: as given.
         flavour: None keeps the recipe's own.
+        group_size: weights that share a step; None: all of an output channel.
         symmetric: whether weights have no zero-points.
+
+    Raises:
+        OptionError: if the group size is below 1.
 
     Example:
         >>> recipe_from(RecipeName.ROUNDING, None, symmetric=False).solver.name
         'RoundToNearest'
     """
-    recipe = replace(name.recipe(), symmetric_weights=symmetric)
+    check_positive("--group-size", group_size)
+    recipe = replace(name.recipe(), symmetric_weights=symmetric, weight_group=group_size)
     return recipe if flavour is None else replace(recipe, flavour=flavour)
 
 

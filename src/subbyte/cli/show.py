@@ -70,6 +70,7 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
             "solver": recipe.solver.name,
             "flavour": recipe.flavour.value,
             "symmetric_weights": recipe.symmetric_weights,
+            "weight_group": recipe.weight_group,
             "fold_batch_norms": recipe.fold_batch_norms,
             "refinements": [refinement.name for refinement in recipe.refinements],
         },

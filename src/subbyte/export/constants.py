@@ -2,6 +2,8 @@
 
     W = s_w (Q - z_w)      b = s_x s_w round(b / (s_x s_w))      in int32, the unit in which an int8 kernel accumulates
 
+With a step for each column group there is no such unit, and no int8 kernel: biases stay in float32.
+
 A channel whose step is so small that its bias does not fit (a channel that is all but dead) gets a larger step: `s_w = |b| / (2^30 s_x)`,
 codes rounded to it. What its weights contributed is less than a 2^-23 of the bias for each input.
 """
@@ -34,10 +36,10 @@ class LayerConstants:
         operator: its arithmetic.
         grid: of the weight codes.
         codes: `Q`, int16, the layer's weight shape.
-        scale: `s_w`, float32 (C_out,).
-        zero_point: `z_w`, int32 (C_out,).
-        bias: `b`, float32 (C_out,).
-        bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised.
+        scale: `s_w`, float32 (C_out,), or with column groups (C_out, K).
+        zero_point: `z_w`, int32, the shape of `scale`.
+        bias: `b`, float32 (C_out,); zeros where the layer has none.
+        bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised, or steps are those of column groups.
         input_scale: `s_x`; None likewise.
     """
 
@@ -53,8 +55,13 @@ class LayerConstants:
 
     def weight(self) -> Tensor:
         """`W`, float32, the layer's weight shape."""
-        scale, zero = (self.operator.per_channel(values, self.codes) for values in (self.scale, self.zero_point))
-        return dequantize(self.codes, scale, zero)
+        return QuantizedState(self.codes, self.scale, self.zero_point, self.bias, self.grid, None).weight(self.operator)
+
+    def rounded_bias(self) -> Tensor:
+        """`b` as it is computed with: whole numbers of steps, or as it is; float32 (C_out,)."""
+        if self.bias_codes is None or self.input_scale is None:
+            return self.bias
+        return self.bias_codes.float() * (torch.tensor(self.input_scale) * self.scale)
 
 
 def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerConstants]:
@@ -85,8 +92,7 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
         weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
         if not isinstance(weight, Node) or not isinstance(bias, Node) or bias.target is not BIAS:
             raise LayerError(layer, "was traced to something else than torch's own operator; exclude it to export the model")
-        step = None if scale is None else torch.tensor(scale) * constants.scale
-        rounded = constants.bias if constants.bias_codes is None or step is None else constants.bias_codes.float() * step
+        rounded = constants.rounded_bias()
         for name, marker, value in (("weight", weight, constants.weight()), ("bias", bias, rounded)):
             buffer = f"subbyte_{name}_{key}"
             graph.register_buffer(buffer, value)
@@ -104,9 +110,10 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
 
 
 def _constants(layer: str, operator: Operator, state: QuantizedState, input_scale: float | None) -> LayerConstants:
-    codes, scale, zero, bias = (tensor.detach().cpu() for tensor in (state.codes, state.scale, state.zero_point, state.bias))
+    codes, scale, zero = (tensor.detach().cpu() for tensor in (state.codes, state.scale, state.zero_point))
+    bias = torch.zeros(len(scale)) if state.bias is None else state.bias.detach().cpu()
     constants = LayerConstants(layer, operator, state.weight_grid, codes, scale, zero, bias, None, input_scale)
-    if input_scale is None:
+    if input_scale is None or state.weight_grid.group is not None:
         return constants
     unit = torch.tensor(input_scale)
     least = bias.abs() / (LARGEST_BIAS * unit)

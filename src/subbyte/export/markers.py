@@ -143,7 +143,7 @@ class MarkedLayer(nn.Module):
         self.operator: Operator = layer.operator
         self.input_grid = TensorGrid.of(*state.activation) if state.activation else None
         self.register_buffer("weight", layer.weight)
-        self.register_buffer("bias", state.bias)
+        self.register_buffer("bias", torch.zeros(len(state.scale)) if state.bias is None else state.bias)
         # torch.nn.TransformerEncoderLayer has a fast path that never calls a layer, unless a hook hangs on it
         self.register_forward_pre_hook(lambda module, args: None)
         self.eval()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +28,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.targets import Simulation, Target
 from subbyte.export.verify import Clock, Verification, verify
+from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
 from subbyte.run.files import write_file
 
@@ -139,7 +140,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
         demands: what the file has to be.
 
     Raises:
-        OptionError: if the packages for ONNX, or the target's runtime, are not installed.
+        OptionError: if the packages for ONNX, or the target's runtime, are not installed, or weights have steps that the target has no int8
+            kernel for.
         ModelError: if the model cannot be traced or translated, or the file is not faster where that is demanded.
         LayerError: if a layer does not run in int8 where that is demanded.
         FileError: if the file cannot be written, or the runtime refuses it.
@@ -149,6 +151,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     marked = translation.marked(models.quantized)
     if not marked.states:
         raise ModelError("nothing in this model is quantized, so there is nothing to export")
+    if target.int8_between and demands.int8:
+        _check_groups(marked.states, target)
     judge = Judge.of(models.original, models.calibration, models.loss)
     example = translation.Example.of(models.calibration.batches)
     graph = translation.trace(marked.model, example)
@@ -180,6 +184,17 @@ def _translation() -> ModuleType:
     except ImportError as error:
         raise OptionError(f"exporting needs packages that are not installed ({error}); pip install 'subbyte[onnx]'") from error
     return translation
+
+
+def _check_groups(states: Mapping[str, QuantizedState], target: Target) -> None:
+    """Int8 kernels multiply whole sums by a step: they have none for the groups of an output channel."""
+    grouped = [name for name, state in states.items() if state.weight_grid.group is not None]
+    if grouped:
+        raise OptionError(
+            f"{target.name} has no int8 kernel for weights with a step for every {states[grouped[0]].weight_grid.group} inputs, as in "
+            f"'{grouped[0]}'; quantize with weight_group=None (no --group-size), export with the target Simulation(), or allow floating "
+            "point, which lists such layers"
+        )
 
 
 def _check_layers(kernels: dict[str, str | None], layers: Sequence[str], target: Target, demands: Demands) -> None:

@@ -1,7 +1,8 @@
 """From a placed graph to an ONNX graph of standard operators: torch.onnx translates the model's own, the markers are translated here.
 
 quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
-weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel
+weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel; with column
+            groups, one for each block of them, along the first dimension: what ONNX Runtime turns into its MatMulNBits
 bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, so that it takes no room in the file
 """
 
@@ -11,7 +12,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 import onnxscript
 import torch
@@ -23,7 +26,7 @@ from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
-from subbyte.export.widening import Stored, widen_
+from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_
 from subbyte.model.operators import Convolution
 
 OPSET = 21  # the first with INT4
@@ -118,7 +121,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
     widened = widen_(builder, plain)
     if first is not None:
         builder.place_(first)
-    codes = {key: widened[owner[key]] if key in owner else builder.constant(item.codes.astype(np.uint8)) for key, item in stored.items()}
+    codes = {key: widened[owner[key]] if key in owner else builder.constant(_unwidened(item)) for key, item in stored.items()}
     for node in weights:
         key = _text(node)
         _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
@@ -134,8 +137,8 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
 
 @dataclass(frozen=True, eq=False)
 class _Site:
-    """Where a weight is read: the last node that only rearranges it, whether that transposes it, and the dimension of output channels
-    (None: the scales do not lie along one dimension)."""
+    """Where a weight is read: the last node that only rearranges it, whether codes are stored transposed, and the dimension of output
+    channels (None: the scales do not lie along one dimension)."""
 
     last: ir.Node
     transposed: bool
@@ -153,21 +156,34 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
     if reader.op_type == "Transpose":
         return _Site(reader, True, 1)
     if reader.op_type == "Gemm" and reader.attributes["transB"].as_int() == 1:
-        return _Site(node, False, 0)
+        if constants.grid.group is None:
+            return _Site(node, False, 0)
+        reader.attributes["transB"] = ir.AttrInt64("transB", 0)  # blocks lie along the first dimension
+        return _Site(node, True, 1)
     raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
 
 
 def _stored(constants: LayerConstants, site: _Site) -> Stored:
     codes, zero = constants.codes.numpy(), None
-    if not constants.grid.symmetric:
+    if not constants.grid.symmetric and constants.grid.group is None:
         zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy()
         zero = zero.T if site.transposed else zero
     return Stored(codes.T if site.transposed else codes, constants.grid, zero)
 
 
 def _is_widened(item: Stored) -> bool:
-    """Codes less zero-points fit into INT8: always on a symmetric grid, on an affine one below 8 bits."""
-    return item.grid.symmetric or item.grid.bits < 8
+    """Codes less zero-points fit into INT8: always on a symmetric grid, on an affine one below 8 bits. Column groups are read as INT4 or
+    UINT4 where they are that."""
+    if item.grid.group is not None and item.grid.bits == INT4_BITS:
+        return False
+    return item.grid.symmetric or item.grid.bits < INT8_BITS
+
+
+def _unwidened(item: Stored) -> npt.NDArray[Any]:
+    """Codes in a type of their own width."""
+    if item.grid.bits == INT4_BITS:
+        return item.codes.astype(ml_dtypes.int4 if item.grid.symmetric else ml_dtypes.uint4)
+    return item.codes.astype(np.uint8)
 
 
 def _without_repetition(stored: Mapping[str, Stored], constants: Mapping[str, LayerConstants]) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -183,6 +199,8 @@ def _without_repetition(stored: Mapping[str, Stored], constants: Mapping[str, La
 
 def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
     scale = constants.scale
+    if constants.grid.group is not None:
+        return _blocks(builder, codes, constants)
     if site.axis is None:
         spread = constants.operator.per_channel(scale, constants.codes).numpy()
         return builder.add("Mul", builder.cast(codes, ir.DataType.FLOAT), builder.constant(spread))
@@ -194,12 +212,21 @@ def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: 
     return builder.add("DequantizeLinear", *inputs, axis=site.axis)
 
 
+def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants) -> ir.Value:
+    """Codes (n, O) times the scales (K, O) of their column groups."""
+    grid = constants.grid
+    assert grid.group is not None
+    inputs = [codes, builder.constant(constants.scale.T.numpy())]
+    if not grid.symmetric:
+        kind = {INT4_BITS: ml_dtypes.uint4, INT8_BITS: np.uint8}.get(grid.bits, np.int8)
+        inputs.append(builder.constant(constants.zero_point.T.numpy().astype(kind)))
+    return builder.add("DequantizeLinear", *inputs, axis=0, block_size=grid.group)
+
+
 def _bias(builder: Builder, node: ir.Node, constants: LayerConstants) -> ir.Value:
     readers = {use.node.op_type for use in node.outputs[0].uses()}
     if constants.bias_codes is None or not readers <= {"Conv", "Gemm"}:
-        step = 1.0 if constants.bias_codes is None else torch.tensor(constants.input_scale) * constants.scale
-        values = constants.bias if constants.bias_codes is None else constants.bias_codes.float() * step
-        return builder.constant(values.numpy())
+        return builder.constant(constants.rounded_bias().numpy())
     scale = builder.add("Mul", builder.constant(np.float32(constants.input_scale)), builder.constant(constants.scale.numpy()))
     return builder.add("DequantizeLinear", builder.constant(constants.bias_codes.numpy()), scale, axis=0)
 

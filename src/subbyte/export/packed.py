@@ -3,9 +3,9 @@
 All quantized layers together make a handful of tensors, so that a small network does not pay for names twice:
 
     subbyte.codes                  U8   codes of all layers, each layer packed densely (`bits`) and starting on a byte's border
-    subbyte.weight_scale           F32  s_w of all layers' output channels
+    subbyte.weight_scale           F32  s_w of all layers' output channels, or of their column groups
     subbyte.weight_zero_point      U8   z_w, of layers with an affine weight grid
-    subbyte.bias                   F32  b of all layers' output channels
+    subbyte.bias                   F32  b of the output channels, of layers that have one
     subbyte.activation_scale       F32  s_x, of layers with a quantized input
     subbyte.activation_zero_point  U8   z_x, likewise
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,17 +34,20 @@ from torch import Tensor, nn
 
 from subbyte.errors import FileError, ModelError, SubbyteError
 from subbyte.export.bits import pack, packed_size, unpack
+from subbyte.model.attention import products_of, put_products_
 from subbyte.model.fold import Fold
-from subbyte.model.operators import Convolution, operator_of
+from subbyte.model.operators import Convolution, Linear, operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
+from subbyte.quantizers.granularity import group_count
 from subbyte.quantizers.grid import Grid
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LIBRARY_VERSION = version("subbyte")
 PREFIX = "subbyte."
 SIZE_DIGITS = 12  # that every number in the header is given room for which depends on the widths
 CHECKSUM_DIGITS = 32
+FLOATS = ("weight_scale", "bias", "activation_scale")  # the rest of a layer is bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,28 +113,33 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     states = {name: layer.state() for name, layer in layers.items()}
     inputs = [state.activation for state in states.values() if state.activation is not None]
     affine = [state.zero_point for state in states.values() if not state.weight_grid.symmetric]
+    biases = [state.bias for state in states.values() if state.bias is not None]
     tensors = {
         "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in states.values()])),
-        "weight_scale": torch.cat([state.scale.cpu() for state in states.values()]),
-        "weight_zero_point": torch.cat([zero.to("cpu", torch.uint8) for zero in affine]) if affine else None,
-        "bias": torch.cat([state.bias.cpu() for state in states.values()]),
+        "weight_scale": torch.cat([state.scale.flatten().cpu() for state in states.values()]),
+        "weight_zero_point": torch.cat([zero.flatten().to("cpu", torch.uint8) for zero in affine]) if affine else None,
+        "bias": torch.cat([bias.cpu() for bias in biases]) if biases else None,
         "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
         "activation_zero_point": torch.stack([zero.to("cpu", torch.uint8) for _, zero, _ in inputs]) if inputs else None,
     }
     packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
     packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
+    products = products_of(model)
     metadata = {
         "format_version": FORMAT_VERSION,
         "library": LIBRARY_VERSION,
         "structure": structure,
         "folds": [[fold.layer, fold.batch_norm] for fold in folds],
+        "attention": {name: one.grid.bits for name, one in products.items()},
         "names": list(states),
         "shapes": [list(state.codes.shape) for state in states.values()],
-        "channels": [state.scale.numel() for state in states.values()],
+        "channels": [state.scale.shape[0] for state in states.values()],
+        "group": [state.weight_grid.group or 0 for state in states.values()],
+        "bias": [int(state.bias is not None) for state in states.values()],
         "weight_bits": [state.weight_grid.bits for state in states.values()],
         "weight_symmetric": [int(state.weight_grid.symmetric) for state in states.values()],
         "activation_bits": [state.activation[2].bits if state.activation else 0 for state in states.values()],
-        "transposed": [int(isinstance(layer.operator, Convolution) and layer.operator.transposed) for layer in layers.values()],
+        "transposed": [int(_is_transposed(layer)) for layer in layers.values()],
     }
     return PackedModel(packed, metadata)
 
@@ -166,7 +175,7 @@ def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
         A copy of `into` with the file's quantized layers, in evaluation mode; its outputs are bit-identical to `Result.model`'s.
 
     Raises:
-        FileError: if the file is missing, truncated, altered, of a newer format, no packed file, or of another model.
+        FileError: if the file is missing, truncated, altered, of another format, no packed file, or of another model.
 
     Example:
         >>> load("missing.safetensors", torch.nn.Linear(1, 1))
@@ -192,7 +201,7 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
         path: of the file.
 
     Raises:
-        FileError: if the file is missing, truncated, altered, of a newer format, or no packed file.
+        FileError: if the file is missing, truncated, altered, of another format, or no packed file.
     """
     path = Path(path)
     if not path.is_file():
@@ -208,7 +217,7 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
     try:
         metadata = json.loads(text[CHECKSUM_DIGITS:])
         found = int(metadata["format_version"])
-        if found <= FORMAT_VERSION:
+        if found == FORMAT_VERSION:
             if text[:CHECKSUM_DIGITS] != _checksum(text[CHECKSUM_DIGITS:], tensors):
                 raise ValueError("its checksum does not match its content")
             _check_packed(tensors, metadata)
@@ -216,6 +225,8 @@ def read_packed(path: str | os.PathLike[str]) -> PackedModel:
         raise FileError(f"'{path}' is damaged: {error!r}; fetch or save it again") from error
     if found > FORMAT_VERSION:
         raise FileError(f"'{path}' has format {found}, this subbyte reads up to {FORMAT_VERSION}; install a newer subbyte")
+    if found < FORMAT_VERSION:
+        raise FileError(f"'{path}' has format {found}, which no released subbyte wrote or reads; quantize the model again")
     return PackedModel(tensors, metadata)
 
 
@@ -223,27 +234,34 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     """Every length and range that the builder relies on; raises ValueError, KeyError or TypeError."""
     if not isinstance(metadata["structure"], str) or not all(len(pair) == 2 for pair in metadata["folds"]):
         raise ValueError("its structure or folds")
-    columns = [metadata[key] for key in ("names", "shapes", "channels", "weight_bits", "weight_symmetric", "activation_bits")]
-    code_bytes = channels = affine = inputs = 0
-    for _name, shape, outputs, bits, symmetric, activation_bits in zip(*columns, strict=True):
+    columns = [metadata[key] for key in ("names", "shapes", "channels", "group", "bias")]
+    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits")]
+    counts: defaultdict[str, int] = defaultdict(int)
+    for _name, shape, outputs, group, has_bias, bits, symmetric, activation_bits in zip(*columns, strict=True):
         if not all(isinstance(size, int) and size > 0 for size in (*shape, outputs)):
             raise ValueError(f"shape {shape} with {outputs} output channels")
-        Grid(bits), Grid(activation_bits or 8)
-        code_bytes += packed_size(int(np.prod(shape, dtype=np.int64)), bits)
-        channels += outputs
-        affine += 0 if symmetric else outputs
-        inputs += bool(activation_bits)
-    _expect(tensors, "codes", torch.uint8, code_bytes)
-    _expect(tensors, "weight_scale", torch.float32, channels)
-    _expect(tensors, "bias", torch.float32, channels)
-    if affine:
-        _expect(tensors, "weight_zero_point", torch.uint8, affine)
-    if inputs:
-        _expect(tensors, "activation_scale", torch.float32, inputs)
-        _expect(tensors, "activation_zero_point", torch.uint8, inputs)
+        if group and len(shape) != 2:
+            raise ValueError(f"groups of {group} columns in a weight of shape {shape}")
+        grid, steps = Grid(bits, group=group or None), _step_count(shape, outputs, group)
+        Grid(activation_bits or 8)
+        counts["codes"] += packed_size(int(np.prod(shape, dtype=np.int64)), grid.bits)
+        counts["weight_scale"] += steps
+        counts["weight_zero_point"] += 0 if symmetric else steps
+        counts["bias"] += outputs if has_bias else 0
+        counts["activation_scale"] += bool(activation_bits)
+        counts["activation_zero_point"] += bool(activation_bits)
+    for name, count in counts.items():
+        _expect(tensors, name, torch.float32 if name in FLOATS else torch.uint8, count)
+
+
+def _step_count(shape: Sequence[int], outputs: int, group: int) -> int:
+    """Steps of a layer: one for each output channel, or for each of its column groups."""
+    return outputs * group_count(int(np.prod(shape, dtype=np.int64)) // outputs, group or None)
 
 
 def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, count: int) -> None:
+    if count == 0 and PREFIX + name not in tensors:
+        return
     tensor = tensors[PREFIX + name]
     if tensor.dtype != dtype or tuple(tensor.shape) != (count,):
         raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} ({count},)")
@@ -258,6 +276,11 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     state = {name: tensor for name, tensor in packed.tensors.items() if not name.startswith(PREFIX)}
     for _layer, batch_norm in packed.metadata["folds"]:
         replace_module_(model, model.get_submodule(batch_norm), nn.Identity().eval())
+    attention = packed.metadata["attention"]
+    for bits in set(attention.values()):
+        put_products_(model, [name for name in attention if attention[name] == bits], bits)
+    for products in products_of(model).values():
+        products.assign_(torch.ones(4), torch.zeros(4, dtype=torch.int32))
     for name, layer_state in _layer_states(packed):
         module = model.get_submodule(name)
         operator = operator_of(module)
@@ -277,36 +300,49 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
 
 def _layer_states(packed: PackedModel) -> list[tuple[str, QuantizedState]]:
     """The layers' codes and steps, cut out of the joint tensors in order."""
-    tensors, metadata = packed.tensors, packed.metadata
-    codes = tensors[PREFIX + "codes"].numpy()
-    scales, biases = tensors[PREFIX + "weight_scale"], tensors[PREFIX + "bias"]
-    channel = byte = zero_at = input_at = 0
+    metadata, parts = packed.metadata, _Parts(packed.tensors)
     found = []
     for index, name in enumerate(metadata["names"]):
-        shape, channels = metadata["shapes"][index], metadata["channels"][index]
-        grid = Grid(metadata["weight_bits"][index], symmetric=bool(metadata["weight_symmetric"][index]))
-        count = int(np.prod(shape, dtype=np.int64))
-        size = packed_size(count, grid.bits)
-        levels = torch.from_numpy(unpack(codes[byte : byte + size], grid.bits, count)).to(torch.int16) + grid.lowest
-        zero = torch.zeros(channels, dtype=torch.int32)
-        if not grid.symmetric:
-            zero = tensors[PREFIX + "weight_zero_point"][zero_at : zero_at + channels].to(torch.int32)
-            zero_at += channels
+        shape, channels, group = (metadata[key][index] for key in ("shapes", "channels", "group"))
+        grid = Grid(metadata["weight_bits"][index], bool(metadata["weight_symmetric"][index]), group or None)
+        count, steps = int(np.prod(shape, dtype=np.int64)), _step_count(shape, channels, group)
+        codes = parts.take("codes", packed_size(count, grid.bits)).numpy()
+        levels = torch.from_numpy(unpack(codes, grid.bits, count)).to(torch.int16) + grid.lowest
+        scale = parts.take("weight_scale", steps)
+        zero = torch.zeros(steps, dtype=torch.int32) if grid.symmetric else parts.take("weight_zero_point", steps).to(torch.int32)
+        bias = parts.take("bias", channels) if metadata["bias"][index] else None
         activation = None
         if metadata["activation_bits"][index]:
-            step = tensors[PREFIX + "activation_scale"][input_at].clone()
-            offset = tensors[PREFIX + "activation_zero_point"][input_at].to(torch.int32)
+            step, offset = parts.take("activation_scale", 1)[0], parts.take("activation_zero_point", 1)[0].to(torch.int32)
             activation = (step, offset, Grid(metadata["activation_bits"][index]))
-            input_at += 1
-        scale, bias = scales[channel : channel + channels].clone(), biases[channel : channel + channels].clone()
+        if group:
+            scale, zero = scale.view(channels, -1), zero.view(channels, -1)
         found.append((name, QuantizedState(levels.view(shape), scale, zero, bias, grid, activation)))
-        byte, channel = byte + size, channel + channels
     return found
+
+
+class _Parts:
+    """Takes the layers' parts from the joint tensors, one behind the other."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        self._at: defaultdict[str, int] = defaultdict(int)
+
+    def take(self, name: str, count: int) -> Tensor:
+        """The next numbers of a tensor, a copy."""
+        start = self._at[name]
+        self._at[name] += count
+        return self._tensors[PREFIX + name][start : start + count].clone()
 
 
 def _pack_codes(state: QuantizedState) -> Any:
     offset = state.codes.to(torch.int16) - state.weight_grid.lowest
     return pack(offset.flatten().to(torch.uint8).cpu().numpy(), state.weight_grid.bits)
+
+
+def _is_transposed(layer: QuantizedLayer) -> bool:
+    """Whether the weight counts inputs first."""
+    return isinstance(layer.operator, Convolution | Linear) and layer.operator.transposed
 
 
 def _quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

@@ -41,7 +41,7 @@ class Stored:
     Args:
         codes: int16, the shape in which the graph reads them.
         grid: of the codes.
-        zero_point: int32, broadcastable to the codes; None on a symmetric grid.
+        zero_point: int32, broadcastable to the codes; None on a symmetric grid, and where it is left to `DequantizeLinear`.
     """
 
     codes: Codes
@@ -62,9 +62,9 @@ def widen_(builder: Builder, stored: Mapping[str, Stored]) -> dict[str, ir.Value
     values: dict[str, ir.Value] = {}
     shared: dict[tuple[int, bool], dict[str, Stored]] = defaultdict(dict)
     for key, item in stored.items():
-        if item.zero_point is None and item.grid.bits == INT8_BITS:
+        if item.grid.symmetric and item.grid.bits == INT8_BITS:
             values[key] = builder.constant(item.codes.astype(np.int8))
-        elif item.zero_point is None and item.grid.bits == INT4_BITS:
+        elif item.grid.symmetric and item.grid.bits == INT4_BITS:
             values[key] = builder.cast(builder.constant(item.codes.astype(ml_dtypes.int4)), ir.DataType.INT8)
         else:
             shared[item.grid.bits, item.grid.symmetric][key] = item

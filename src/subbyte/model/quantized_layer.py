@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from subbyte.errors import ModelError
 from subbyte.model.operators import Operator
 from subbyte.quantizers.affine import dequantize, fake_quantize
+from subbyte.quantizers.granularity import per_weight
 from subbyte.quantizers.grid import Grid
 
 
@@ -21,9 +22,9 @@ class QuantizedState:
 
     Args:
         codes: weight codes `Q`, int16, the shape of the layer's weight.
-        scale: weight steps `s_w`, float32 (C_out,).
-        zero_point: weight zero-points `z_w`, int32 (C_out,); zeros for a symmetric grid.
-        bias: `b`, float32 (C_out,).
+        scale: weight steps `s_w`, float32 (C_out,), or where the weight grid has a group (C_out, K) for the K column groups.
+        zero_point: weight zero-points `z_w`, int32, the shape of `scale`; zeros for a symmetric grid.
+        bias: `b`, float32 (C_out,), or None.
         weight_grid: grid of the codes.
         activation: `(s_x, z_x, grid)` of the input, float32 () and int32 (), or None where the input stays in float32.
     """
@@ -31,9 +32,30 @@ class QuantizedState:
     codes: Tensor
     scale: Tensor
     zero_point: Tensor
-    bias: Tensor
+    bias: Tensor | None
     weight_grid: Grid
     activation: tuple[Tensor, Tensor, Grid] | None
+
+    def weight(self, operator: Operator) -> Tensor:
+        """The quantized weight `s_w (Q - z_w)`, float32, the layer's weight shape.
+
+        Args:
+            operator: the layer's arithmetic.
+        """
+        return dequantize(self.codes, self.per_weight(self.scale, operator), self.per_weight(self.zero_point, operator))
+
+    def per_weight(self, steps: Tensor, operator: Operator) -> Tensor:
+        """Steps or zero-points laid out so that they broadcast against the weight.
+
+        Args:
+            steps: any dtype, the shape of `scale`.
+            operator: the layer's arithmetic.
+        """
+        group = self.weight_grid.group
+        if group is None:
+            return operator.per_channel(steps, self.codes)
+        groups, outputs, columns = operator.to_matrix(self.codes).shape
+        return operator.from_matrix(per_weight(steps.view(groups, outputs, -1), group, columns))
 
 
 def _be_called(module: nn.Module, args: object) -> None:
@@ -102,8 +124,7 @@ class QuantizedLayer(nn.Module):
         self.zero_point = state.zero_point
         self.bias = state.bias
         self.weight_grid = state.weight_grid
-        scale, zero_point = (self.operator.per_channel(values, state.codes) for values in (state.scale, state.zero_point))
-        self.weight = dequantize(state.codes, scale, zero_point)
+        self.weight = state.weight(self.operator)
         self.activation_scale, self.activation_zero_point, self.activation_grid = state.activation or (None, None, None)
 
     def state(self) -> QuantizedState:
@@ -112,7 +133,7 @@ class QuantizedLayer(nn.Module):
         Raises:
             ModelError: if it is still float.
         """
-        if self.codes is None or self.scale is None or self.zero_point is None or self.bias is None or self.weight_grid is None:
+        if self.codes is None or self.scale is None or self.zero_point is None or self.weight_grid is None:
             raise ModelError(f"{self.kind} has no codes yet")
         activation = None
         if self.activation_grid is not None:
@@ -136,4 +157,5 @@ class QuantizedLayer(nn.Module):
         if self.weight_grid is None:
             return f"{self.kind}, float32"
         inputs = f"A{self.activation_grid.bits}" if self.activation_grid else "A32"
-        return f"{self.kind}, W{self.weight_grid.bits}{inputs}"
+        group = "" if self.weight_grid.group is None else f"/{self.weight_grid.group}"
+        return f"{self.kind}, W{self.weight_grid.bits}{group}{inputs}"

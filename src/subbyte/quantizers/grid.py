@@ -1,4 +1,4 @@
-"""Grids as values: how many bits, and whether zero sits in the middle or where an integer zero-point says.
+"""Grids as values: how many bits, whether zero sits in the middle or where an integer zero-point says, and which weights share a step.
 
 A grid of `b` bits has `2^b` codes. A code `q` stands for the number
 
@@ -28,9 +28,10 @@ class Grid:
         bits: width of a code, 2 to 8.
         symmetric: True: signed codes `-2^(b-1) .. 2^(b-1)-1` and zero-point 0. False: unsigned codes `0 .. 2^b-1` and a zero-point
             among them.
+        group: of weights: how many consecutive ones of an output channel share a step and zero-point, see `granularity`; None: all.
 
     Raises:
-        OptionError: if `bits` is not an integer from 2 to 8.
+        OptionError: if `bits` is not an integer from 2 to 8, or `group` no positive one.
 
     Example:
         >>> Grid(4, symmetric=True).lowest, Grid(4, symmetric=True).highest
@@ -42,10 +43,13 @@ class Grid:
 
     bits: int
     symmetric: bool = False
+    group: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise OptionError(f"a grid has {MIN_BITS} to {MAX_BITS} bits, not {self.bits!r}")
+        if self.group is not None and (isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1):
+            raise OptionError(f"a group is a positive number of weights, or None for all of an output channel, not {self.group!r}")
 
     @property
     def lowest(self) -> int:

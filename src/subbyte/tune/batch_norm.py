@@ -185,8 +185,10 @@ def re_estimated(state: QuantizedState, found: ChannelStatistics, mean: Tensor, 
     """
     ratio = ((variance + epsilon) / (found.variance + epsilon)).sqrt()
     ratio = torch.where((found.variance > 0) & (ratio > 0), ratio, 1.0)
-    scale = (state.scale * ratio).float().clamp(min=torch.finfo(torch.float32).tiny)
-    return replace(state, scale=scale, bias=((state.bias - found.mean) * ratio + mean).float())
+    ratios = ratio.view(-1, *[1] * (state.scale.dim() - 1))  # the same for all column groups of a channel
+    scale = (state.scale * ratios).float().clamp(min=torch.finfo(torch.float32).tiny)
+    bias = 0.0 if state.bias is None else state.bias
+    return replace(state, scale=scale, bias=((bias - found.mean) * ratio + mean).float())
 
 
 def _pass_(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet, reference: Reference) -> None:

@@ -17,13 +17,14 @@ class TunedLayer:
 
     Args:
         item: the layer; it has codes.
-        with_steps: whether the steps of weights (`t`, one for each output channel) and of the input (`u`) are parameters too.
+        with_steps: whether the steps of weights (`t`, one for each of them) and of the input (`u`) are parameters too.
     """
 
     def __init__(self, item: CalibratedLayer, *, with_steps: bool) -> None:
         self.item = item
         self._start, self._weight = item.quantized.state(), item.quantized.weight
-        self.bias = self._start.bias.clone().requires_grad_()
+        bias = self._start.bias
+        self.bias = (item.float_bias().flatten() if bias is None else bias.clone()).requires_grad_()
         self.steps: list[Tensor] = []
         if with_steps:
             self.steps = [torch.zeros_like(self._start.scale).requires_grad_()]
@@ -37,7 +38,7 @@ class TunedLayer:
         """
         operator, weight = self.item.layer.operator, self._weight
         if self.steps:
-            weight = weight * operator.per_channel(self.steps[0].exp(), weight)
+            weight = weight * self._start.per_weight(self.steps[0].exp(), operator)
         if self._start.activation is not None:
             step, zero_point, grid = self._start.activation
             x = soft_quantize(x, step * self.steps[1].exp() if self.steps else step, zero_point.float(), grid)

@@ -1,0 +1,172 @@
+"""Weight-only quantization of causal language models: a GPT-2 and a Llama, trained here in minutes, and how their perplexity rises.
+
+Each is trained on the validation text of WikiText-2 with a tokenizer made from it, calibrated on 256 windows of the same text, without
+labels, and scored on all of the test text. *columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
+
+    python benchmarks/causal_lm.py train --folder FOLDER                                # once; about 15 minutes on two cores
+    python benchmarks/causal_lm.py measure --folder FOLDER --out docs/results/causal_lm.json
+    python benchmarks/causal_lm.py table --out docs/results/causal_lm.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional as F
+
+import subbyte
+from subbyte.export.pretrained import open_pretrained, open_tokenizer
+from subbyte.tasks import default_data_root
+from subbyte.tasks.texts import windows
+
+TOKENS, WORDS = 128, 2048
+KINDS = ("gpt2", "llama")
+ROWS = [(4, None), (4, 64), (3, 64), (2, 64)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Weight-only quantization of causal language models.")
+    parser.add_argument("what", choices=["train", "measure", "table"])
+    parser.add_argument("--folder", type=Path, help="where the trained models are")
+    parser.add_argument("--data", type=Path, help="folder with wikitext2/; otherwise the one beside the checkout")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="JSON file of the rows")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.what == "table":
+        print(table(json.loads(options.out.read_text())["rows"]))
+        return
+    data = (options.data or default_data_root() or Path()) / "wikitext2"
+    rows: list[dict[str, Any]] = []
+    for kind in options.kind or KINDS:
+        if options.what == "train":
+            train(kind, options.folder / kind, data, options.epochs)
+            continue
+        rows += measure(kind, options.folder / kind, data)
+        if options.out:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    if rows:
+        print(table(rows))
+
+
+def train(kind: str, folder: Path, data: Path, epochs: int) -> None:
+    """Train a tokenizer and a model, and write both."""
+    torch.manual_seed(0)
+    tokenizer = trained_tokenizer(data / "valid.txt")
+    shared: dict[str, Any] = {"vocab_size": WORDS, "use_cache": False, "bos_token_id": 0, "eos_token_id": 0}
+    config = (
+        transformers.GPT2Config(n_embd=192, n_layer=4, n_head=6, n_positions=TOKENS, **shared)
+        if kind == "gpt2"
+        else transformers.LlamaConfig(
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=3,
+            max_position_embeddings=TOKENS,
+            tie_word_embeddings=False,
+            **shared,
+        )
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.tensor(tokenizer((data / "valid.txt").read_text(), verbose=False)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.1)
+    per_epoch = len(ids) // (TOKENS * 16)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * per_epoch, pct_start=0.1)
+    started, model = time.perf_counter(), model.train()
+    for epoch in range(epochs):
+        offset = int(torch.randint(0, TOKENS, ()))
+        rows = ids[offset : offset + (len(ids) - TOKENS) // TOKENS * TOKENS].view(-1, TOKENS)
+        total = 0.0
+        parts = rows[torch.randperm(len(rows))].split(16)[:per_epoch]
+        for part in parts:
+            logits = model(input_ids=part).logits
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += float(loss.detach())
+        print(f"{kind} epoch {epoch + 1}: loss {total / len(parts):.3f}, {time.perf_counter() - started:.0f} s", flush=True)
+    model.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(f"{kind}: perplexity {perplexity(model, batches(model, tokenizer, data / 'test.txt', None)):.3f} on the test text", flush=True)
+
+
+def trained_tokenizer(path: Path) -> Any:
+    """Byte pairs of a text."""
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    inner.train([str(path)], trainer)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", bos_token="<|end|>", model_max_length=TOKENS)
+
+
+def batches(model: torch.nn.Module, tokenizer: Any, path: Path, limit: int | None) -> tuple[Any, ...]:
+    """Windows of a text."""
+    return windows(model, tokenizer, path.read_text().splitlines(), most_tokens=TOKENS, limit=limit)
+
+
+@torch.no_grad()
+def perplexity(model: torch.nn.Module, parts: Sequence[Any]) -> float:
+    """Of the next token, over all windows."""
+    total, count = 0.0, 0
+    for part in parts:
+        target = part["input_ids"][:, 1:].flatten()
+        total += float(F.cross_entropy(model(**part).logits[:, :-1].flatten(0, 1), target, reduction="sum"))
+        count += len(target)
+    return math.exp(total / count)
+
+
+def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
+    """All widths of one model."""
+    model, tokenizer = open_pretrained(folder), open_tokenizer(folder)
+    calibration, test = batches(model, tokenizer, data / "valid.txt", 256), batches(model, tokenizer, data / "test.txt", None)
+    reference, rows = perplexity(model, test), []
+    for bits, group in ROWS:
+        recipes = {
+            "subbyte": subbyte.Recipe(weight_group=group),
+            "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
+            "rounding": subbyte.rounding(weight_group=group),
+        }
+        row: dict[str, Any] = {"model": kind, "bits": bits, "group": group, "float": round(reference, 4)}
+        for name, recipe in recipes.items():
+            started = time.perf_counter()
+            result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipe)
+            row |= {name: round(perplexity(result.model, test), 4), f"{name} seconds": round(time.perf_counter() - started, 1)}
+            row |= {"bytes": result.size_bytes, "float bytes": result.float_bytes}
+        rows.append(row)
+        print(table([row]).splitlines()[-1], flush=True)
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: perplexities, and by how many percent they rise."""
+    lines = [
+        "| model | bits | group | float | subbyte | columns | rounding | bytes | float bytes |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        rises = [f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" for name in ("subbyte", "columns", "rounding")]
+        cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", f"**{rises[0]}**", *rises[1:]]
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {row['bytes']:,} | {row['float bytes']:,} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
