@@ -188,6 +188,16 @@ def test_quantize_as_json(run: Run, folder: Path) -> None:
     assert data["widths"]["activation_bits"] is None and data["layers"][0]["activation_bits"] is None
 
 
+def test_a_group_size_gives_linear_layers_groups(run: Run, folder: Path) -> None:
+    done = run(f"{QUANTIZE} --group-size 2 --json --out a.st")
+    assert done.code == 0, done.err
+    assert done.data["recipe"]["weight_group"] == 2
+    assert {layer["name"]: layer["weight_group"] for layer in done.data["layers"]} == {"stem": None, "block.grouped": None, "head": 2}
+    assert done.data["size_bytes"] == (folder / "a.st").stat().st_size
+    refused = run(f"{QUANTIZE} --group-size 0 --out b.st")
+    assert refused.code == 2 and "--group-size is at least 1, not 0" in refused.err
+
+
 def test_the_recipe_rounding_rounds(run: Run) -> None:
     done = run(f"{QUANTIZE} --recipe rounding --weight-bits 4 --json --out a.st")
     assert {layer["solver"] for layer in done.data["layers"]} == {"RoundToNearest"}
@@ -195,6 +205,7 @@ def test_the_recipe_rounding_rounds(run: Run) -> None:
         "solver": "RoundToNearest",
         "flavour": "parallel",
         "symmetric_weights": True,
+        "weight_group": None,
         "fold_batch_norms": True,
         "refinements": [],
     }

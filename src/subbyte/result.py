@@ -65,6 +65,11 @@ class LayerReport:
     equations: int
     note: str
 
+    @property
+    def weights(self) -> str:
+        """Bits of its weights, and how many share a step where these are not all of an output channel."""
+        return f"{self.weight_bits}" if self.weight_group is None else f"{self.weight_bits}/{self.weight_group}"
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
@@ -207,15 +212,15 @@ def receipt(result: Result) -> str:
         result: of a run.
     """
     width = max(len("layer"), *(len(layer.name) for layer in result.layers))
-    weights = [f"{layer.weight_bits}" + ("" if layer.weight_group is None else f"/{layer.weight_group}") for layer in result.layers]
-    wide = max(2, *map(len, weights))
+    wide = max(2, *(len(layer.weights) for layer in result.layers))
     head = f"{'layer':{width}}  {'W':>{wide}} {'A':>3} {'float bytes':>12} {'bytes':>10}  {'error':>8} {'rounding':>8}  kept"
     lines = [head, "-" * len(head)]
-    for layer, bits in zip(result.layers, weights, strict=True):
+    for layer in result.layers:
         inputs = "-" if layer.activation_bits is None else str(layer.activation_bits)
         kept = layer.solver if layer.rejected_error is None else f"{layer.solver} (solver had {layer.rejected_error:.2g})"
         numbers = f"{layer.float_bytes:>12,} {layer.size_bytes:>10,}  {layer.error:>8.2g} {layer.baseline_error:>8.2g}"
-        lines.append(f"{layer.name:{width}}  {bits:>{wide}} {inputs:>3} {numbers}  {kept}{'; ' + layer.note if layer.note else ''}")
+        kept += f"; {layer.note}" if layer.note else ""
+        lines.append(f"{layer.name:{width}}  {layer.weights:>{wide}} {inputs:>3} {numbers}  {kept}")
     lines.append("error: squared error of the layer's output on held-out rows, relative to its variance; rounding: that of plain rounding")
     if any(layer.weight_group for layer in result.layers):
         lines.append("W: bits of the weights / weights that share a step, where these are not all of an output channel")

@@ -305,3 +305,67 @@ def test_widened_codes_are_the_codes(bits: int, counts: list[int], symmetric: bo
     for item, codes in zip(stored.values(), found, strict=True):
         expected = item.codes - (0 if item.zero_point is None else item.zero_point)
         assert codes.dtype == np.int8 and np.array_equal(codes, expected)
+
+
+class Encoder(nn.Module):
+    """Linear layers on vectors and on sequences of them; no width is a multiple of the group's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(36, 50), nn.Linear(50, 37, bias=False), nn.Linear(37, 3)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.down(F.relu(self.up(x)))).mean(1))
+
+
+def grouped_result(bits: int, *, symmetric: bool) -> tuple[subbyte.Result, Tensor]:
+    torch.manual_seed(bits)
+    x = torch.randn(64, 5, 36)
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=symmetric, weight_group=16)
+    return subbyte.quantize(Encoder(), x, widths=subbyte.Widths(bits, None), recipe=recipe), x
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_scales_of_column_groups_are_blocks(bits: int, symmetric: bool, tmp_path: Path) -> None:
+    result, x = grouped_result(bits, symmetric=symmetric)
+    done = result.export_onnx(tmp_path / "m.onnx", subbyte.Simulation(), threads=1)
+    model = onnx.load(tmp_path / "m.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    blocks = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    assert len(blocks) == 3
+    assert all({a.name: a.i for a in node.attribute} == {"axis": 0, "block_size": 16} for node in blocks)
+    expected = done.simulation(x).detach()
+    torch.testing.assert_close(expected, result.model(x), rtol=1e-4, atol=1e-5)
+    (plain,), (fast,) = (run(tmp_path / "m.onnx", x, optimized=optimized) for optimized in (False, True))
+    np.testing.assert_allclose(plain, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert np.abs(fast - expected.numpy()).max() < 0.05 * expected.abs().max()  # MatMulNBits rounds inputs to 8 bits
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_four_bits_of_column_groups_become_matmulnbits(symmetric: bool, tmp_path: Path) -> None:
+    import onnxruntime
+
+    result, _ = grouped_result(4, symmetric=symmetric)
+    result.export_onnx(tmp_path / "m.onnx", subbyte.Simulation(), threads=1)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "o.onnx"), 3
+    onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), options, providers=["CPUExecutionProvider"])
+    assert [node.op_type for node in onnx.load(tmp_path / "o.onnx").graph.node].count("MatMulNBits") == 3
+    kind = onnx.TensorProto.DataType.INT4 if symmetric else onnx.TensorProto.DataType.UINT4
+    stored = [tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if tensor.data_type == kind]
+    scales = 0 if symmetric else sum(-(-o * k // 2) for o, k in ((50, 3), (37, 4), (3, 3)))
+    assert sum(len(tensor.raw_data) for tensor in stored) == (36 * 50 + 50 * 37) // 2 + -(-37 * 3 // 2) + scales
+
+
+def test_column_groups_have_no_int8_kernel_and_say_what_to_do(tmp_path: Path) -> None:
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), weight_group=16)
+    result = subbyte.quantize(Encoder(), torch.randn(64, 5, 36), widths=subbyte.Widths(4, 8), recipe=recipe)
+    with pytest.raises(subbyte.OptionError, match=r"no int8 kernel .* every 16 inputs, as in 'up'; quantize with weight_group=None"):
+        result.export_onnx(tmp_path / "m.onnx", threads=1)
+    assert not (tmp_path / "m.onnx").exists()
+    done = result.export_onnx(tmp_path / "m.onnx", threads=1, allow_float=True)
+    assert set(done.verification.float_layers) == {"up", "down", "head"}
+    x = torch.randn(4, 5, 36)
+    np.testing.assert_allclose(run(tmp_path / "m.onnx", x, optimized=False)[0], done.simulation(x).detach().numpy(), rtol=1e-3, atol=1e-3)

@@ -200,13 +200,12 @@ class Tied(nn.Module):
 
 def test_shared_modules_and_tied_weights(tmp_path: Path) -> None:
     ids = torch.randint(0, 7, (16, 5))
-    float_model = Tied()
-    found = quantized(float_model, Widths(4, 8), x=ids)
+    found = quantized(Tied(), Widths(4, 8), x=ids)
     found.save(tmp_path / "tied")
     loaded = load(tmp_path / "tied", into=Tied())
     assert torch.equal(outputs(loaded, ids), outputs(found.model, ids))
     assert loaded.again is loaded.mix
-    assert torch.equal(loaded.table.weight, float_model.table.weight)
+    assert torch.equal(loaded.table.weight, found.model.get_submodule("table").weight)  # type: ignore[arg-type]
 
 
 def test_a_model_without_codes_cannot_be_packed() -> None:
