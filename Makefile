@@ -35,7 +35,7 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	echo 'error: none of $(INTERPRETERS) runs as Python 3.11 or later with venv and ensurepip.' >&2; \
 	echo 'Install one (Debian, Ubuntu: python3 and python3-venv), or name it: make demo PYTHON=/path/to/python3' >&2; \
 	exit 1
-	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,demo,images,onnx,openvino]'
+	.venv/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev,demo,images,onnx,openvino,hf,compressed-tensors]'
 	@printf '%s\n' "$$(pwd -P)" > $(STAMP)
 
 clean:

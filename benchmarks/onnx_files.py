@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import subbyte
-from subbyte.export.translation import marked, to_file, trace
+from subbyte.export.translation import Example, marked, to_file, trace
 from subbyte.export.verify import interleaved
 from subbyte.model.layers import survey
 from subbyte.tasks import TASKS
@@ -83,7 +83,8 @@ def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
         folder = Path(name)
         exported = result.export_onnx(folder / "model.onnx", threads=threads)
         content = (folder / "model.onnx").read_bytes()
-        plain, _ = to_file(trace(marked(task.model).model, task.calibration[:4]), task.calibration[:4], {})
+        example = Example.of([task.calibration[:4]])
+        plain, _ = to_file(trace(marked(task.model).model, example), example, {})
         (folder / "float.onnx").write_bytes(plain)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

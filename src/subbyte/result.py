@@ -176,6 +176,7 @@ class Result:
         require_faster: bool = False,
         allow_float: bool = False,
         threads: int | None = None,
+        batch_size: int = 1,
     ) -> Exported:
         """Write an ONNX file of standard operators, weights at their true width, and check it by running it.
 
@@ -185,6 +186,7 @@ class Result:
             require_faster: whether a file that is not faster than the float model's is an error instead of a warning.
             allow_float: whether layers that the target runs in floating point are listed instead of being an error.
             threads: processor threads of the runtime; None takes those of torch.
+            batch_size: samples in one of the runs that are timed; the file takes any number.
 
         Raises:
             OptionError: if the packages for ONNX, or the target's runtime, are not installed.
@@ -194,7 +196,8 @@ class Result:
         """
         profile = None if self.plan is None or self.plan.profile is None else (self.plan.profile, self.allocation)
         models = Exportable(self.model, self.original, self.calibration, self.recipe.loss, profile)
-        return export_onnx(models, path, target, Demands(faster=require_faster, int8=not allow_float, threads=threads))
+        demands = Demands(faster=require_faster, int8=not allow_float, threads=threads, batch_size=batch_size)
+        return export_onnx(models, path, target, demands)
 
     def export_compressed_tensors(self, folder: str | os.PathLike[str]) -> CompressedTensors:
         """Write a folder that compressed-tensors, transformers and vLLM read; for models whose quantized layers are linear and have

@@ -46,6 +46,7 @@ COPIES = PADS | {
     aten.pixel_shuffle.default,
     aten.channel_shuffle.default,
 }
+ASSERTIONS = {aten._assert_tensor_metadata.default}
 EVERYTHING = 1 << 62  # the end of a slice that has none
 
 

@@ -28,7 +28,7 @@ from subbyte.export.onnx_file import to_file_bytes
 from subbyte.export.onnx_graph import OPSET, with_constants, with_markers
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.targets import Target
-from subbyte.export.trace import trace
+from subbyte.export.trace import Example, trace
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.granularity import group_count
@@ -100,7 +100,7 @@ def float_file(geometry: Geometry) -> LayerFile:
         ModelError: if it cannot be translated.
     """
     x = _example(geometry)
-    model = with_constants(with_markers(trace(_Bare(geometry), x), x), {}).model
+    model = with_constants(with_markers(trace(_Bare(geometry), Example.of([x])), Example.of([x])), {}).model
     return LayerFile(to_file_bytes(model, compact=False)[0], x.numpy())
 
 
@@ -154,13 +154,14 @@ def _template(geometry: Geometry, activation_bits: int | None, target: Target, x
     codes = torch.zeros(geometry.weight_shape, dtype=torch.int16)
     layer.assign_(QuantizedState(codes, scale, zero, bare.bias.detach(), replace(geometry.weights, bits=8), activation))
     model = marked(nn.Sequential(layer))
-    graph = trace(model.model, x)
+    example = Example.of([x])
+    graph = trace(model.model, example)
     if target.int8_between:
         place_(graph, [x])
     else:
         simplify_(graph)
     constants = fix_constants_(graph, model)
-    return ir.to_proto(with_markers(graph, x)), constants[KEY]
+    return ir.to_proto(with_markers(graph, example)), constants[KEY]
 
 
 def _at(constants: LayerConstants, grid: Grid) -> LayerConstants:

@@ -28,7 +28,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.latency import Profile
 from subbyte.export.targets import Simulation, Target
-from subbyte.export.verify import Verification, verify
+from subbyte.export.verify import Clock, Verification, verify
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
 from subbyte.run.files import write_file
@@ -52,6 +52,10 @@ class Demands:
         faster: than the float model's file in the same runtime; otherwise there is a warning.
         int8: every quantized layer runs in an int8 kernel; otherwise those that do not are listed.
         threads: processor threads of the runtime; None takes those of torch.
+        batch_size: samples in one of the runs that are timed.
+
+    Raises:
+        OptionError: if a number is below 1.
 
     Example:
         >>> Demands(faster=True).int8
@@ -61,6 +65,13 @@ class Demands:
     faster: bool = False
     int8: bool = True
     threads: int | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads are at least 1, not {self.threads}")
+        if self.batch_size < 1:
+            raise OptionError(f"batch_size is at least 1, not {self.batch_size}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +117,7 @@ class Exported:
         lines = [str(self.verification), f"{added}; {losses}"]
         if self.predicted_milliseconds is not None:
             whole = f"the whole file {self.verification.least_milliseconds:.3f} ms"
-            lines.append(f"shortest runs: predicted {self.predicted_milliseconds:.3f} ms a sample, the sum of the layers alone; {whole}")
+            lines.append(f"shortest runs: predicted {self.predicted_milliseconds:.3f} ms, the sum of the layers alone; {whole}")
         return "\n".join([*lines, *(f"WARNING: {text}" for text in self.warnings)])
 
 
@@ -128,17 +139,17 @@ class Exportable:
     loss: OutputLoss
     profile: tuple[Profile, Mapping[str, Option]] | None = None
 
-    def predicted_milliseconds(self, target: Target, threads: int) -> float | None:
-        """Of one sample, from the profile, if that is of one sample in this target on so many threads.
+    def predicted_milliseconds(self, target: Target, clock: Clock) -> float | None:
+        """From the profile, if that was measured in this target in the same way.
 
         Args:
             target: where a file is to run.
-            threads: processor threads.
+            clock: how it is timed.
         """
         if self.profile is None:
             return None
         timed, options = self.profile
-        same = (timed.timing.target.name, timed.threads, timed.timing.batch_size) == (target.name, threads, 1)
+        same = (timed.timing.target.name, timed.threads, timed.timing.batch_size) == (target.name, clock.threads, clock.batch_size)
         return 1000.0 * timed.total(options) if same else None
 
 
@@ -158,8 +169,6 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
         LayerError: if a layer does not run in int8 where that is demanded.
         FileError: if the file cannot be written, or the runtime refuses it.
     """
-    if demands.threads is not None and demands.threads < 1:
-        raise OptionError(f"threads are at least 1, not {demands.threads}")
     translation = _translation()
     if demands.faster and not target.timed:
         raise OptionError(f"{target.name} cannot be run here, so that no file can be required to be faster in it")
@@ -170,7 +179,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     if target.int8_between and demands.int8:
         _check_groups(marked.states, target)
     judge = Judge.of(models.original, models.calibration, models.loss)
-    example = models.calibration.batches[0]
+    example = translation.Example.of(models.calibration.batches)
     graph = translation.trace(marked.model, example)
     quantizers = translation.place_for_(graph, models.calibration.batches, target)
     constants = translation.fix_constants_(graph, marked)
@@ -180,14 +189,14 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)
-    threads = demands.threads or torch.get_num_threads()
-    verification = verify((content, plain), kernels, simulation, judge.batches, target, threads)
+    clock = Clock(demands.threads or torch.get_num_threads(), demands.batch_size)
+    verification = verify((content, plain), kernels, simulation, judge.batches, target, clock)
     told = _warnings(verification, demands, target)
     write_file(path, content)
     for text in told:
         warnings.warn(text, ExportWarning, stacklevel=3)
     losses = judge.loss_of(simulation), judge.loss_of(models.quantized)
-    predicted = models.predicted_milliseconds(target, threads)
+    predicted = models.predicted_milliseconds(target, clock)
     return Exported(Path(path), simulation, quantizers, type(models.loss).__name__, *losses, verification, told, predicted)
 
 
@@ -229,10 +238,7 @@ def _warnings(verification: Verification, demands: Demands, target: Target) -> t
     if verification.size_bytes >= verification.float_bytes:
         told.append(f"the file has {verification.size_bytes:,} bytes, not fewer than the float model's {verification.float_bytes:,}")
     if verification.speed < 1.0 and target.int8_between:
-        slower = (
-            f"the file is not faster: {verification.milliseconds:.3f} ms a sample in {verification.target}, the float model "
-            f"{verification.float_milliseconds:.3f} ms"
-        )
+        slower = f"the file is not faster in {verification.target}: {verification.timing}"
         if demands.faster:
             raise ModelError(f"{slower}; nothing was written")
         told.append(slower)

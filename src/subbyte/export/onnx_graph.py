@@ -25,10 +25,9 @@ from subbyte.errors import LayerError, ModelError
 from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
-from subbyte.export.trace import exported_program, quiet
+from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_
-from subbyte.model.batches import Batch
-from subbyte.model.operators import Convolution, Linear
+from subbyte.model.operators import Convolution
 
 OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
@@ -49,12 +48,12 @@ class OnnxGraph:
     weights: Mapping[str, str]
 
 
-def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
+def to_onnx(graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
     """Translate a graph.
 
     Args:
         graph: a placed graph, see `placement`, or that of a float model.
-        batch: an example of what it takes.
+        example: of what it takes.
         constants: of the layers, by key.
         signed_codes: whether all codes are INT8 around 0 and biases float32.
 
@@ -62,20 +61,20 @@ def to_onnx(graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConst
         ModelError: if torch.onnx cannot translate an operator of the model.
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    return with_constants(with_markers(graph, batch), constants, signed_codes=signed_codes)
+    return with_constants(with_markers(graph, example), constants, signed_codes=signed_codes)
 
 
-def with_markers(graph: GraphModule, batch: Batch) -> ir.Model:
+def with_markers(graph: GraphModule, example: Example) -> ir.Model:
     """Translate the model's own operators; markers are operators of our own domain, for the time being.
 
     Args:
         graph: a placed graph, see `placement`, or that of a float model.
-        batch: an example of what it takes.
+        example: of what it takes.
 
     Raises:
         ModelError: if torch.onnx cannot translate an operator of the model.
     """
-    program = exported_program(graph, batch)
+    program = exported_program(graph, example)
     try:
         with quiet(), torch.no_grad():
             translated = torch.onnx.export(
@@ -237,8 +236,9 @@ def _as_they_are(builder: Builder, item: Stored, constants: LayerConstants) -> i
 
 
 def _block_of(constants: LayerConstants) -> int | None:
-    """Weights that share a scale in TensorRT's INT4; None where they cannot."""
-    inputs = constants.codes.shape[1] if isinstance(constants.operator, Linear) and constants.grid.symmetric else 0
+    """Weights that share a scale in TensorRT's INT4, if they have one scale for each output channel; None where they cannot."""
+    linear = constants.operator.multiplies and not isinstance(constants.operator, Convolution)
+    inputs = constants.codes.shape[1] if linear and constants.grid.symmetric and constants.grid.group is None else 0
     return next((size for size in INT4_BLOCKS if inputs and inputs % size == 0), None)
 
 

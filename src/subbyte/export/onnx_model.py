@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from subbyte.errors import FileError
 from subbyte.export.targets import OnnxRuntimeCPU, Target
-from subbyte.model.batches import tensors
+from subbyte.export.verify import as_arrays
 
 
 class OnnxModel(nn.Module):
-    """Computes in a runtime; takes the file's inputs in their order, as positional or keyword arguments.
+    """Computes in a runtime; takes the file's inputs in their order as positional arguments, or in any order by their names.
 
     Args:
         path: of the file.
@@ -38,6 +38,9 @@ class OnnxModel(nn.Module):
         except OSError as error:
             raise FileError(f"cannot read '{path}': {error.strerror}") from error
         self.run = target.open(content, optimized=True, threads=threads or torch.get_num_threads())
+        from subbyte.export.runtimes import input_names  # needs packages that `import subbyte` does not
+
+        self.names = input_names(content)
         self.eval()
 
     def forward(self, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, ...]:
@@ -47,5 +50,6 @@ class OnnxModel(nn.Module):
             args: what the model takes.
             kwargs: what the model takes.
         """
-        outputs = tuple(torch.from_numpy(output) for output in self.run([x.detach().cpu().numpy() for x in tensors((args, kwargs))]))
+        given = as_arrays(args) if args else as_arrays(kwargs, self.names)
+        outputs = tuple(torch.from_numpy(output) for output in self.run(given))
         return outputs[0] if len(outputs) == 1 else outputs

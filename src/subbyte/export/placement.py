@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
 from subbyte.export.graph_kinds import (
+    ASSERTIONS,
     PADS,
     QUANTIZE,
     clip_of,
@@ -85,9 +86,13 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
         move: whether quantisers are moved; otherwise they stay in front of their layers.
     """
     for node in list(graph.graph.nodes):
-        if node.op == "call_function" and is_no_op(node):
+        if node.target in ASSERTIONS:
+            graph.graph.erase_node(node)
+        elif node.op == "call_function" and is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+        elif node.target is torch.ops.aten.view.default:  # the copy in memory that made a view possible may be gone
+            node.target = torch.ops.aten.reshape.default
     for node in list(graph.graph.nodes) if move else ():
         if is_quantize(node) and (pad := node.args[0]).target in PADS and is_copy(pad) and len(pad.users) == 1:
             with graph.graph.inserting_before(pad):

@@ -52,6 +52,15 @@ def version_of(module: str, extra: str) -> str:
     return f"{module} {_imported(module, extra).__version__}"
 
 
+def input_names(content: bytes) -> tuple[str, ...]:
+    """Names of a file's inputs, in its order.
+
+    Args:
+        content: of the ONNX file.
+    """
+    return tuple(value.name for value in onnx.load_from_string(content).graph.input)
+
+
 def open_onnxruntime(content: bytes, *, optimized: bool, threads: int) -> Callable[[Arrays], Arrays]:
     """A file in ONNX Runtime.
 

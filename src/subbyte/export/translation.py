@@ -15,10 +15,10 @@ from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
 from subbyte.export.symmetric_placement import place_symmetric_
 from subbyte.export.targets import Target
-from subbyte.export.trace import Simulated, trace
+from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace"]
+__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace"]
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
@@ -41,13 +41,13 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
 
 
 def to_file(
-    graph: GraphModule, batch: Batch, constants: Mapping[str, LayerConstants], *, compact: bool = False, signed_codes: bool = False
+    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], *, compact: bool = False, signed_codes: bool = False
 ) -> tuple[bytes, dict[str, WeightSite]]:
     """A graph as the bytes of an ONNX file.
 
     Args:
         graph: a placed graph with its constants fixed, or that of a float model.
-        batch: an example of what it takes.
+        example: of what it takes.
         constants: of the layers, by key.
         compact: whether repeated groups of operators become functions of the file.
         signed_codes: whether all codes are INT8 around 0 and biases float32.
@@ -58,7 +58,7 @@ def to_file(
     Raises:
         ModelError: if the model cannot be translated.
     """
-    translated = to_onnx(graph, batch, constants, signed_codes=signed_codes)
+    translated = to_onnx(graph, example, constants, signed_codes=signed_codes)
     content, renamed = to_file_bytes(translated.model, compact=compact)
     file = onnx.load_from_string(content).graph
     readers: dict[str, list[onnx.NodeProto]] = {}

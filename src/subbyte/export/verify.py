@@ -7,16 +7,35 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from subbyte.export.targets import Arrays, Run, Target
-from subbyte.model.batches import Batch, call, map_tensors, sample_count, tensors
+from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
+from subbyte.model.padding import read_outputs
 
 STEPS = 255  # an output step is this part of what an output spans
 REPEATS = 30  # timed runs of each file, in turns
+
+
+@dataclass(frozen=True)
+class Clock:
+    """How files are timed.
+
+    Args:
+        threads: processor threads.
+        batch_size: samples in one run.
+
+    Example:
+        >>> Clock(2).batch_size
+        1
+    """
+
+    threads: int
+    batch_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -45,11 +64,11 @@ class Verification:
         kernels: int8 kernel of each layer, None where it runs in floating point.
         size_bytes: of the file.
         float_bytes: of the float model's file, exported the same way.
-        milliseconds: median for one sample; NaN where the target's runtime is not here.
+        milliseconds: median of a run with `batch_size` samples; NaN where the target's runtime is not here.
         float_milliseconds: that of the float model's file, timed in turns with it.
-        threads: processor threads of the timing.
-        least_milliseconds: the shortest, for one sample.
-        least_float_milliseconds: that of the float model's file.
+        clock: how they were timed.
+        least_milliseconds: the shortest of these runs.
+        least_float_milliseconds: likewise.
     """
 
     target: str
@@ -60,7 +79,7 @@ class Verification:
     float_bytes: int
     milliseconds: float
     float_milliseconds: float
-    threads: int
+    clock: Clock
     least_milliseconds: float
     least_float_milliseconds: float
 
@@ -86,9 +105,14 @@ class Verification:
             lines.append(f"{how}: {agreement}largest difference {check.largest_steps:.2f} output steps ({self.samples} samples)")
         if math.isnan(self.milliseconds):
             return "\n".join([*lines, f"not timed, and run in a reference only: there is no {self.target} here"])
-        timing = f"{self.milliseconds:.3f} ms a sample, float {self.float_milliseconds:.3f} ms"
-        lines.append(f"{timing} ({self.speed:.2f} times faster, {self.threads} threads)")
+        lines.append(f"{self.timing} ({self.speed:.2f} times faster, {self.clock.threads} threads)")
         return "\n".join(lines)
+
+    @property
+    def timing(self) -> str:
+        """Both times in words."""
+        what = "a sample" if self.clock.batch_size == 1 else f"for {self.clock.batch_size} samples"
+        return f"{self.milliseconds:.3f} ms {what}, float {self.float_milliseconds:.3f} ms"
 
 
 def verify(
@@ -97,7 +121,7 @@ def verify(
     simulation: nn.Module,
     batches: Sequence[Batch],
     target: Target,
-    threads: int,
+    clock: Clock,
 ) -> Verification:
     """Run a file, and the float model's file, in the target's runtime.
 
@@ -107,26 +131,29 @@ def verify(
         simulation: the PyTorch model with the same quantisers.
         batches: samples that nothing was fitted on.
         target: where to run.
-        threads: of the runs that are timed.
+        clock: how files are timed.
 
     Raises:
         OptionError: if the runtime is not installed.
         FileError: if the runtime refuses a file.
     """
-    expected = expected_outputs(simulation, batches)
+    from subbyte.export.runtimes import input_names  # needs packages that `import subbyte` does not
+
+    expected, names = expected_outputs(simulation, batches), input_names(contents[0])
     checks = []
     for optimized in (False, True) if target.timed else (False,):
-        run = target.open(contents[0], optimized=optimized, threads=threads)
-        checks.append(compared(optimized, expected, [run(as_arrays(batch)) for batch in batches]))
-    one = as_arrays(map_tensors(batches[0], lambda x: x[:1] if x.dim() and x.shape[0] == sample_count(batches[0]) else x))
+        run = target.open(contents[0], optimized=optimized, threads=clock.threads)
+        checks.append(compared(optimized, batches, expected, [run(as_arrays(batch, names)) for batch in batches]))
+    some = select_samples(batches[0], torch.arange(clock.batch_size) % sample_count(batches[0]))
     times = [[math.nan], [math.nan]]
     if target.timed:
-        times = in_turns([target.open(content, optimized=True, threads=threads) for content in contents], one, REPEATS)
+        runs = [target.open(content, optimized=True, threads=clock.threads) for content in contents]
+        times = in_turns(runs, as_arrays(some, names), REPEATS)
     medians = [1000.0 * statistics.median(seconds) for seconds in times]
     least = [1000.0 * min(seconds) for seconds in times]
     samples = sum(sample_count(batch) for batch in batches)
     sizes = len(contents[0]), len(contents[1])
-    return Verification(target.name, samples, tuple(checks), kernels, *sizes, medians[0], medians[1], threads, least[0], least[1])
+    return Verification(target.name, samples, tuple(checks), kernels, *sizes, medians[0], medians[1], clock, least[0], least[1])
 
 
 def expected_outputs(simulation: nn.Module, batches: Sequence[Batch]) -> list[Arrays]:
@@ -140,37 +167,56 @@ def expected_outputs(simulation: nn.Module, batches: Sequence[Batch]) -> list[Ar
         return [[tensor.cpu().numpy() for tensor in tensors(call(simulation, batch))] for batch in batches]
 
 
-def as_arrays(batch: Batch) -> Arrays:
+def as_arrays(batch: Batch, names: Sequence[str] = ()) -> Arrays:
     """A batch as the inputs of a file.
 
     Args:
-        batch: what the model takes.
+        batch: what the model takes; a mapping whose keys are the file's inputs is put into their order, anything else is in order.
+        names: of the file's inputs.
+
+    Example:
+        >>> [int(array[0]) for array in as_arrays({"b": torch.tensor([1]), "a": torch.tensor([2])}, ("a", "b"))]
+        [2, 1]
     """
+    if isinstance(batch, Mapping) and set(names) <= set(batch):
+        batch = [batch[name] for name in names] or batch
     return [tensor.cpu().numpy() for tensor in tensors(batch)]
 
 
-def compared(optimized: bool, expected: Sequence[Arrays], given: Sequence[Arrays]) -> RuntimeCheck:  # noqa: FBT001 - is part of the result
-    """Put two models' outputs side by side.
+def compared(
+    optimized: bool,  # noqa: FBT001 - is part of the result
+    batches: Sequence[Batch],
+    expected: Sequence[Arrays],
+    given: Sequence[Arrays],
+) -> RuntimeCheck:
+    """Put two models' outputs side by side, without padding.
 
     Args:
         optimized: whether the runtime had rewritten the graph.
-        expected: the simulation's, for each batch.
+        batches: that both were called with.
+        expected: the simulation's outputs, for each batch.
         given: the runtime's.
     """
     same = total = 0
     largest = 0.0
     for index in range(len(expected[0])):
-        reference = np.concatenate([outputs[index] for outputs in expected])
-        found = np.concatenate([outputs[index] for outputs in given])
-        if reference.dtype != np.float32:
+        references = [part for outputs, batch in zip(expected, batches, strict=True) for part in _real(outputs[index], batch)]
+        found = [part for outputs, batch in zip(given, batches, strict=True) for part in _real(outputs[index], batch)]
+        pairs = [pair for pair in zip(references, found, strict=True) if pair[0].numel()]
+        if not pairs:
             continue
-        span = float(reference.max() - reference.min()) or 1.0
-        difference = np.abs(found.astype(np.float64) - reference)
-        largest = max(largest, float(difference.max()) / span * STEPS) if np.isfinite(difference).all() else float("inf")
-        if reference.ndim > 1 and reference.shape[-1] > 1:
-            same += int((reference.argmax(-1) == found.argmax(-1)).sum())
-            total += reference[..., 0].size
+        span = float(max(part.max() for part, _ in pairs) - min(part.min() for part, _ in pairs)) or 1.0
+        differences = [float((other.double() - part.double()).abs().max()) for part, other in pairs]
+        largest = max(largest, max(differences) / span * STEPS) if math.isfinite(sum(differences)) else math.inf
+        for part, other in pairs:
+            if part.dim() > 1 and part.shape[-1] > 1:
+                equal = part.argmax(-1) == other.argmax(-1)
+                same, total = same + int(equal.sum()), total + equal.numel()
     return RuntimeCheck(optimized, 100.0 * same / total if total else None, largest)
+
+
+def _real(output: npt.NDArray[Any], batch: Batch) -> list[Tensor]:
+    return read_outputs(torch.from_numpy(output), batch)
 
 
 def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float]:
