@@ -74,14 +74,23 @@ def test_a_layers_file_is_what_the_layer_is_in_a_whole_file(module: nn.Module, s
     assert found.dtype == np.float32 and plain.example.shape == shape
 
 
-def test_affine_weights_of_8_bits_have_no_int8_kernel() -> None:
+def test_affine_weights_run_in_int8_at_any_width() -> None:
     from subbyte.export.layer_files import Geometry, quantized_files
 
     module = nn.Conv2d(4, 8, 3)
     operator = operator_of(module)
     assert operator is not None
     files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8, subbyte.Grid(8)), ((7, 8), (8, 8)), OnnxRuntimeCPU())
-    assert operators(files[7, 8].content) == ["QLinearConv"] and "QLinearConv" not in operators(files[8, 8].content)
+    assert [operators(file.content) for file in files.values()] == [["QLinearConv"]] * 2
+
+
+@pytest.mark.parametrize("target", [OnnxRuntimeCPU(), subbyte.Simulation()], ids=lambda target: target.name)
+def test_column_groups_are_timed_where_the_runtime_does_not_fail(target: Target) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 8)).eval(), torch.randn(8, 5, 32)
+    timing = Timing(target, threads=1, weights=subbyte.Grid(8, symmetric=True, group=16))
+    assert list(subbyte.profile(model, x, timing, choices=Choices((4,), activation_bits=(8,))).seconds["0"]) == [(4, 8)]
+    with pytest.raises(OptionError, match=r"layer '0' cannot be timed at \(8, 8\): .* every 16 inputs"):
+        subbyte.profile(model, x, timing, choices=Choices((4, 8), activation_bits=(8,)))
 
 
 def test_a_profile_of_other_weights_is_refused() -> None:

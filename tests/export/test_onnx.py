@@ -330,7 +330,7 @@ def test_tables_and_linear_layers_with_their_weight_transposed(symmetric: bool, 
     assert done.verification.kernels == {"0": "Gather", "1": "MatMulIntegerToFloat", "3": "MatMulIntegerToFloat"}
     x = torch.randint(0, 50, (7, 5))
     found = run(tmp_path / "m.onnx", x)[0]
-    assert steps_between(found, done.simulation(x).detach().numpy()) < 0.1
+    assert steps_between(found, done.simulation(x).detach().numpy()) <= 1.0
     assert steps_between(found, result.model(x).detach().numpy()) <= 1.0
 
 
@@ -390,6 +390,14 @@ def test_four_bits_of_column_groups_become_matmulnbits(symmetric: bool, tmp_path
     stored = [tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if tensor.data_type == kind]
     scales = 0 if symmetric else sum(-(-o * k // 2) for o, k in ((50, 3), (37, 4), (3, 3)))
     assert sum(len(tensor.raw_data) for tensor in stored) == (36 * 50 + 50 * 37) // 2 + -(-37 * 3 // 2) + scales
+
+
+@pytest.mark.parametrize("target", [subbyte.Simulation(), subbyte.OnnxRuntimeCPU()], ids=lambda target: target.name)
+def test_column_groups_that_the_runtime_fails_on_are_refused(target: subbyte.Target, tmp_path: Path) -> None:
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), weight_group=16)
+    result = subbyte.quantize(Encoder(), torch.randn(64, 5, 36), widths=subbyte.Widths(8, 8), recipe=recipe)
+    with pytest.raises(subbyte.OptionError, match=r"fails on weights of 8 bits .* every 16 inputs .* as in 'up'; give it 4 bits"):
+        result.export_onnx(tmp_path / "m.onnx", target, threads=1, allow_float=True)
 
 
 def test_column_groups_have_no_int8_kernel_and_say_what_to_do(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from subbyte.calibrate.models import group_of
 from subbyte.choices import Choices
 from subbyte.errors import LayerError, OptionError
 from subbyte.export.packed import LIBRARY_VERSION
-from subbyte.export.targets import OnnxRuntimeCPU, Target
+from subbyte.export.targets import OnnxRuntimeCPU, Target, runs_in_groups
 from subbyte.model.batches import Batch, as_batches, sample_count, select_samples
 from subbyte.model.layers import Layer, check_model, survey
 from subbyte.quantizers.grid import Grid
@@ -222,7 +222,8 @@ def measure_layers(
         if not layer.operator.multiplies:
             floats[layer.name], times[layer.name] = NO_TIME, dict.fromkeys(options[layer.name], NO_TIME)
             continue
-        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, _grid(layer, timing.weights))
+        grid = _grid(layer, timing.weights, options[layer.name])
+        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, grid)
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}
@@ -298,8 +299,16 @@ class _Bench:
         return digest("latency", LIBRARY_VERSION, what, option, self.timing.target, self.threads, self.runtime, processor)
 
 
-def _grid(layer: Layer, weights: Grid) -> Grid:
-    return replace(weights, group=group_of(layer, weights.group))
+def _grid(layer: Layer, weights: Grid, options: Iterable[Option]) -> Grid:
+    """Of a layer's weights, if they can be run at all options."""
+    group = group_of(layer, weights.group)
+    failing = [option for option in options if group is not None and not runs_in_groups(*option)]
+    if failing:
+        raise OptionError(
+            f"layer '{layer.name}' cannot be timed at {failing[0]}: ONNX Runtime fails on weights with a step for every {group} inputs "
+            "where the input is quantized, unless they have 4 bits; measure without groups"
+        )
+    return replace(weights, group=group)
 
 
 def _macs_of_a_call(layer: Layer) -> int:

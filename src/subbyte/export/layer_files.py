@@ -165,9 +165,9 @@ def _template(geometry: Geometry, activation_bits: int | None, target: Target, x
 
 
 def _at(constants: LayerConstants, grid: Grid) -> LayerConstants:
-    """With random codes of another width."""
+    """With random codes of another width and random zero-points."""
     codes = torch.randint(grid.lowest, grid.highest + 1, constants.codes.shape).to(torch.int16)
-    zero = torch.zeros_like(constants.zero_point) + (0 if grid.symmetric else grid.highest // 2)
+    zero = torch.randint(0, 1 if grid.symmetric else grid.highest + 1, constants.zero_point.shape).to(torch.int32)
     return replace(constants, grid=grid, codes=codes, zero_point=zero)
 
 

@@ -27,7 +27,7 @@ from subbyte.calibrate.loss import OutputLoss
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.latency import Profile
-from subbyte.export.targets import Simulation, Target
+from subbyte.export.targets import Simulation, Target, runs_in_groups
 from subbyte.export.verify import Clock, Verification, verify
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
@@ -176,8 +176,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     marked = translation.marked(models.quantized)
     if not marked.states:
         raise ModelError("nothing in this model is quantized, so there is nothing to export")
-    if target.int8_between and demands.int8:
-        _check_groups(marked.states, target)
+    _check_groups(marked.states, target if target.int8_between and demands.int8 else None)
     judge = Judge.of(models.original, models.calibration, models.loss)
     example = translation.Example.of(models.calibration.batches)
     graph = translation.trace(marked.model, example)
@@ -209,10 +208,19 @@ def _translation() -> ModuleType:
     return translation
 
 
-def _check_groups(states: Mapping[str, QuantizedState], target: Target) -> None:
-    """Int8 kernels multiply whole sums by a step: they have none for the groups of an output channel."""
-    grouped = [name for name, state in states.items() if state.weight_grid.group not in (None, *target.weight_groups)]
-    if grouped:
+def _check_groups(states: Mapping[str, QuantizedState], target: Target | None) -> None:
+    """Int8 kernels multiply whole sums by a step: they have none for the groups of an output channel. The target is that whose int8 kernels
+    are demanded, if they are."""
+    for name, state in states.items():
+        bits, inputs = state.weight_grid.bits, None if state.activation is None else state.activation[2].bits
+        if state.weight_grid.group is not None and target is None and not runs_in_groups(bits, inputs):
+            raise OptionError(
+                f"ONNX Runtime fails on weights of {bits} bits with a step for every {state.weight_grid.group} inputs where the input is "
+                f"quantized, as in '{name}'; give it 4 bits, leave its input in float32, or quantize with weight_group=None (no "
+                "--group-size)"
+            )
+    grouped = [] if target is None else [n for n, state in states.items() if state.weight_grid.group not in (None, *target.weight_groups)]
+    if grouped and target is not None:
         raise OptionError(
             f"{target.name} has no int8 kernel for weights with a step for every {states[grouped[0]].weight_grid.group} inputs, as in "
             f"'{grouped[0]}'; quantize with weight_group=None (no --group-size), export with the target Simulation(), or allow floating "

@@ -23,6 +23,21 @@ Run = Callable[[Arrays], Arrays]
 BITS = range(MIN_BITS, MAX_BITS + 1)
 
 
+def runs_in_groups(weight_bits: int, activation_bits: int | None) -> bool:
+    """Whether ONNX Runtime runs weights with a step for each column group: 1.32 fuses them with a quantized input into a kernel that fails,
+    unless they are INT4.
+
+    Args:
+        weight_bits: of the weights.
+        activation_bits: of the input; None: float32.
+
+    Example:
+        >>> runs_in_groups(4, 8), runs_in_groups(8, None), runs_in_groups(8, 8)
+        (True, True, False)
+    """
+    return weight_bits == 4 or activation_bits is None
+
+
 class Target(ABC):
     """Where an ONNX file is to run.
 
