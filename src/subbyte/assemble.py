@@ -69,8 +69,14 @@ class Assembler:
 
     @property
     def tables(self) -> frozenset[str]:
-        """Names of the layers that look rows up, and whose input therefore has no width."""
-        return frozenset(layer.name for layer in self.layers if not layer.operator.multiplies)
+        """Names of the layers that look rows up, and whose input therefore has no width; those not in a tie, where it is not heeded."""
+        tied = {name for tie in self.ties for name in tie}
+        return frozenset(layer.name for layer in self.layers if not layer.operator.multiplies and layer.name not in tied)
+
+    @property
+    def ties(self) -> tuple[tuple[str, str], ...]:
+        """Layers that share their codes, and so their width."""
+        return tuple((layer.shares, layer.name) for layer in self.layers if layer.shares)
 
     def prepare(self, options: Mapping[str, Option]) -> Models:
         """The float model beside a copy whose layers have no codes yet.

@@ -96,7 +96,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         observer(Warned(text))
     return Result(
         model=assembled.models.quantized,
-        layers=tuple(layer_report(item, judged[item.layer.name], measured) for item in assembled.models.layers),
+        layers=tuple(layer_report(item, judged[item.layer.name], measured, found.shared) for item in assembled.models.layers),
         left_out=still_float(found, folds),
         folds=folds,
         measured=measured,

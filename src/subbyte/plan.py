@@ -70,8 +70,9 @@ class Plan:
         """
         market, names = self.market, list(self.market.costs.layers)
         if budget.choices is not None or budget.target is not None:
-            choices = budget.choices_or(self.budget.choices or Choices())
-            tables = {name for name, size in market.costs.layers.items() if size.table}
+            sizes, ties = market.costs.layers, [group for group in market.groups if any(market.costs.layers[name].shared for name in group)]
+            tables = {name for name, size in sizes.items() if size.table and not any(name in tie for tie in ties)}
+            choices = _tied(budget.choices_or(self.budget.choices or Choices()), ties)
             market = replace(market, options=for_tables(choices.of(names), tables), groups=choices.groups(names))
         if isinstance(budget.seconds, Mapping | Profile):
             market = replace(market, costs=replace(market.costs, seconds=_table(budget.seconds)))
@@ -111,6 +112,11 @@ def carry_out(assembler: Assembler, asked: Widths | Budget, folds: Sequence[Fold
     """
     if isinstance(asked, Widths):
         options = asked.of([layer.name for layer in assembler.layers])
+        for owner, other in assembler.ties:
+            if options[owner][0] != options[other][0]:
+                raise OptionError(
+                    f"layers '{owner}' and '{other}' share one weight, so its width is one; give both the same, or exclude one"
+                )
         only = for_tables({name: (option,) for name, option in options.items()}, assembler.tables)
         return assembler.assemble({name: row[0] for name, row in only.items()}), None
     profile = measured_profile(assembler, asked)
@@ -157,7 +163,7 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
         model: the float model as it came.
     """
     recipe, names = assembler.recipe, [layer.name for layer in assembler.layers]
-    choices = budget.choices or Choices()
+    choices = _tied(budget.choices or Choices(), assembler.ties)
     options = for_tables(choices.of(names), assembler.tables)
     first = {name: row[0] for name, row in options.items()}
     models = assembler.prepare(first)
@@ -218,3 +224,8 @@ def _start(market: Market, budget: Budget) -> float | None:
             return value
     middle = [sorted(row.values())[len(row) // 3] for row in table.losses.values()]
     return max(sum(middle), 1e-12)
+
+
+def _tied(choices: Choices, ties: Sequence[Sequence[str]]) -> Choices:
+    """The same choices, layers that share their codes tied."""
+    return replace(choices, ties=(*choices.ties, *ties)) if ties else choices

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -290,13 +290,14 @@ def plan_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> LayerReport:
+def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured, shared: Collection[str]) -> LayerReport:
     """What became of one layer.
 
     Args:
         item: the layer and its grids.
         judged: what its solver and plain rounding reached.
         measured: of the whole; if the calibrated model was given up, the layer has the baseline's codes.
+        shared: names of the layers that share their codes with others.
     """
     layer, grid = item.layer, item.weight_grid
     whole_rejected = measured.rejected_loss is not None
@@ -308,7 +309,7 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> L
         weight_bits=grid.bits,
         weight_group=grid.group,
         activation_bits=activation_bits,
-        float_bytes=4 * (layer.weight_count + (layer.outputs if layer.has_bias else 0)),
+        float_bytes=4 * ((0 if layer.shares else layer.weight_count) + (layer.outputs if layer.has_bias else 0)),
         size_bytes=LayerSize.of(layer, grid).bytes((grid.bits, activation_bits)),
         solver=kept.solver,
         error=judged.baseline_error if kept is judged.baseline else judged.error,
@@ -316,7 +317,7 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured) -> L
         rejected_error=judged.error if judged.rejected and not judged.error <= judged.baseline_error else None,
         unknowns=judged.unknowns,
         equations=judged.equations,
-        note=_note(layer),
+        note=_note(layer, shared),
     )
 
 
@@ -331,13 +332,15 @@ def still_float(found: Survey, folds: Sequence[Fold]) -> tuple[LeftOut, ...]:
     return tuple(left for left in found.left_out if left.name not in folded)
 
 
-def _note(layer: Layer) -> str:
+def _note(layer: Layer, shared: Collection[str]) -> str:
     notes = []
     if layer.calls > 1:
         notes.append(f"called {layer.calls} times, calibrated on the float inputs of all calls")
     if layer.other_names:
         notes.append(f"also {', '.join(layer.other_names)}")
-    if layer.tied_with:
+    if layer.shares:
+        notes.append(f"codes and steps are those of {layer.shares}, stored there")
+    elif layer.tied_with and layer.name not in shared:
         notes.append(f"weight was shared with {', '.join(layer.tied_with)}, no longer is")
     return "; ".join(notes)
 

@@ -99,3 +99,71 @@ def test_an_embedding_that_rewrites_its_weight_stays_float() -> None:
     model.places = nn.Embedding(9, 12, max_norm=1.0).eval()
     result = subbyte.quantize(model, ids(), widths=subbyte.Widths(4, 8))
     assert "places" in [left.name for left in result.left_out]
+
+
+class TiedHead(nn.Module):
+    """The output head's weight is the embedding's."""
+
+    def __init__(self, rows: int = 40) -> None:
+        super().__init__()
+        self.words, self.hidden, self.head = nn.Embedding(rows, 12), nn.Linear(12, 12), nn.Linear(12, rows)
+        self.head.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        logits: Tensor = self.head(torch.relu(self.hidden(self.words(ids))))
+        return logits
+
+
+@pytest.mark.parametrize("flavour", subbyte.Flavour)
+def test_a_tied_weight_has_one_set_of_codes_stored_once(tmp_path: Path, flavour: subbyte.Flavour) -> None:
+    model = TiedHead().eval()
+    refinements = (subbyte.BatchNormTuning(without_batch_norm=True), subbyte.Networkwise(iterations=10), subbyte.Blockwise(iterations=10))
+    recipe = subbyte.Recipe(flavour=flavour, refinements=refinements)
+    result = subbyte.quantize(model, ids(), widths=subbyte.Widths(4, 8), recipe=recipe)
+    words, head = result.model.get_submodule("words"), result.model.get_submodule("head")
+    assert torch.equal(words.weight, head.weight)  # type: ignore[arg-type]
+    assert result.allocation["words"] == (4, None) and result.allocation["head"] == (4, 8)
+    assert {layer.name: layer.size_bytes for layer in result.layers}["head"] == 40 * 4 + 5
+    assert "codes and steps are those of words" in str(result)
+    size = result.save(tmp_path / "tied.safetensors")
+    assert size == result.size_bytes
+    again = subbyte.load(tmp_path / "tied.safetensors", into=TiedHead().eval())
+    assert torch.equal(again(ids()), result.model(ids()))
+    again_size = subbyte.quantize(model, ids(), widths=subbyte.Widths(4, 8, exclude=("words",))).size_bytes
+    assert size < again_size
+
+
+def test_a_budget_gives_a_tied_weight_one_width() -> None:
+    model = TiedHead(rows=400).eval()
+    choices = subbyte.Choices((2, 3, 4, 6, 8), activation_bits=(8,))
+    budget = subbyte.Budget(size=0.4, choices=choices)
+    result = subbyte.quantize(model, ids(rows=400), budget=budget)
+    assert result.plan is not None
+    assert result.plan.allocation.size_bytes == result.size_bytes <= 0.4 * result.float_bytes
+    assert result.allocation["words"][0] == result.allocation["head"][0]
+    solved = result.plan.solve(subbyte.Budget(size=0.5, choices=choices))
+    assert solved.options["words"][0] == solved.options["head"][0]
+    assert result.plan.allocation.average_bits == pytest.approx(
+        sum(bits * count for bits, count in ((result.allocation["words"][0], 4800), (result.allocation["hidden"][0], 144))) / 4944
+    )
+
+
+def test_two_widths_for_one_weight_are_refused() -> None:
+    with pytest.raises(subbyte.OptionError, match="share one weight"):
+        subbyte.quantize(TiedHead().eval(), ids(), widths=subbyte.Widths(4, 8, pinned={"head": 8}))
+
+
+def test_an_owner_that_is_called_twice_is_refused_with_a_remedy() -> None:
+    class Twice(TiedHead):
+        def __init__(self) -> None:
+            super().__init__()
+            self.again = nn.Linear(12, 12)
+            self.again.weight = self.hidden.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            logits: Tensor = self.head(self.again(self.hidden(self.hidden(self.words(ids)))))
+            return logits
+
+    recipe = subbyte.Recipe(flavour=subbyte.Flavour.PARALLEL)
+    with pytest.raises(subbyte.LayerError, match="exclude one of the two"):
+        subbyte.quantize(Twice().eval(), ids(), widths=subbyte.Widths(4, 8), recipe=recipe)

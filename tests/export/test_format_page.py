@@ -130,6 +130,6 @@ def test_the_page_lists_every_tensor_and_every_key(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     keys = json.loads(header.pop("__metadata__")["subbyte"][32:])
     named = [*keys, *(name for name in header if name.startswith("subbyte."))]
-    assert len(named) == 14 + 6
+    assert len(named) == 15 + 6
     assert [name for name in named if f"| `{name}` |" not in text] == []
     assert "codes 1, 2, 3 at\n3 bits are the bytes 209, 0" in text  # the doctest of export.bits

@@ -207,6 +207,17 @@ def test_the_programme_offers_only_what_the_target_runs(target: Target) -> None:
             subbyte.quantize(net(), DATA, budget=Budget(size=1.0, target=target, choices=choices))
 
 
+def test_a_table_that_shares_its_weight_has_the_options_of_its_partner() -> None:
+    model = nn.Sequential(nn.Embedding(20, 8), nn.ReLU(), nn.Linear(8, 20)).eval()
+    model[2].weight = model[0].weight
+    tokens, choices = torch.randint(0, 20, (32, 4)), Choices((4, 8), activation_bits=(8,))
+    timed = subbyte.profile(model, tokens, TIMING, choices=choices)
+    assert timed.seconds["0"] == {(4, 8): 0.0, (8, 8): 0.0} and min(timed.seconds["2"].values()) > 0.0
+    budget = Budget(latency=1.0, seconds=timed, choices=choices)
+    result = subbyte.quantize(model, tokens, budget=budget, recipe=subbyte.rounding())
+    assert result.plan is not None and result.plan.profile is timed
+
+
 def test_tables_count_nothing_and_pass_the_programme(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 3)).eval()
     tokens = torch.randint(0, 20, (32, 4))

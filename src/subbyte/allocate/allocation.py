@@ -171,7 +171,7 @@ def _counters(market: Market) -> dict[str, _Counter]:
     counters = (
         _Counter(DEGRADATION, lambda name, option: market.sensitivity.losses[name][option]),
         _Counter("bytes", lambda name, option: costs.layers[name].bytes(option), constant=costs.constant_bytes),
-        _Counter("average_bits", lambda name, option: costs.layers[name].weights * option[0], divisor=costs.weights),
+        _Counter("average_bits", lambda name, option: costs.layers[name].stored * option[0], divisor=costs.weights),
         _Counter("bit_operations", lambda name, option: costs.layers[name].bit_operations(option)),
         _Counter("latency", costs.latency),
     )

@@ -38,6 +38,7 @@ class LayerSize:
         symmetric: whether weights have no zero-points.
         table: whether rows are looked up in it: its input has no width, and it has no bias.
         steps: weight steps of each output channel, one for each column group.
+        shared: whether its codes and steps are those of another layer, where they are counted.
     """
 
     weights: int
@@ -46,6 +47,7 @@ class LayerSize:
     symmetric: bool
     table: bool = False
     steps: int = 1
+    shared: bool = False
 
     @classmethod
     def of(cls, layer: Layer, weights: Grid) -> LayerSize:
@@ -56,7 +58,8 @@ class LayerSize:
             weights: grid of its weights; its bits do not matter.
         """
         steps = group_count(layer.unknowns, weights.group)
-        return cls(layer.weight_count, layer.outputs, layer.macs, weights.symmetric, not layer.operator.multiplies, steps)
+        table, shared = not layer.operator.multiplies, layer.shares is not None
+        return cls(layer.weight_count, layer.outputs, layer.macs, weights.symmetric, table, steps, shared)
 
     def bytes(self, option: Option) -> int:
         """Codes, steps, zero-points and biases in the packed file, header not counted.
@@ -69,8 +72,13 @@ class LayerSize:
             25
         """
         weight_bits, activation_bits = option
-        channel_bytes = self.outputs * (self.steps * (4 if self.symmetric else 5) + (0 if self.table else 4))
-        return packed_size(self.weights, weight_bits) + channel_bytes + (0 if activation_bits is None else 5)
+        own = 0 if self.shared else packed_size(self.weights, weight_bits) + self.outputs * self.steps * (4 if self.symmetric else 5)
+        return own + (0 if self.table else 4 * self.outputs) + (0 if activation_bits is None or self.table else 5)
+
+    @property
+    def stored(self) -> int:
+        """Weights that are stored for this layer: none where they are another layer's."""
+        return 0 if self.shared else self.weights
 
     def bit_operations(self, option: Option) -> int:
         """Multiply-accumulates of one sample times the bits of both factors; an input in float32 counts 32.
@@ -116,7 +124,7 @@ class Costs:
         Args:
             allocation: `(weight bits, activation bits or None)` by layer name.
         """
-        return sum(self.layers[name].weights * option[0] for name, option in allocation.items()) / self.weights
+        return sum(self.layers[name].stored * option[0] for name, option in allocation.items()) / self.weights
 
     def bit_operations(self, allocation: Mapping[str, Option]) -> int:
         """Bit operations of one sample.
@@ -154,7 +162,7 @@ class Costs:
     @property
     def weights(self) -> int:
         """Weights of all layers that are quantized."""
-        return sum(size.weights for size in self.layers.values())
+        return sum(size.stored for size in self.layers.values())
 
 
 def costs_of(models: Models, option: Mapping[str, Option], folds: Sequence[Fold], model: nn.Module, seconds: Seconds | None) -> Costs:

@@ -135,8 +135,8 @@ def refine_blocks_(models: Models, data: CalibrationSet, settings: Blockwise, ob
         LayerError: if the two models do not reach a block with the same samples.
     """
     started = time.perf_counter()
-    solutions = {item.layer.name: solution_of(item) for item in models.multiplying}
-    layers, probe = [item.layer for item in models.multiplying], probes(data.batches)[0]
+    solutions = {item.layer.name: solution_of(item) for item in models.free}
+    layers, probe = [item.layer for item in models.free], probes(data.batches)[0]
     blocks = {block.entry: block for block in find_blocks(models.original, layers, probe, settings.most_layers, settings.span_layers)}
     observer(StageStarted(settings.name, len(blocks)))
     reports: list[RefinedBlock] = []
@@ -232,7 +232,7 @@ def _merged(parts: list[_Part]) -> list[_Part]:
 def _refine_(
     models: Models, block: Block, parts: list[_Part], solutions: Mapping[str, LayerSolution], settings: Blockwise, seed: int
 ) -> tuple[RefinedBlock, dict[str, LayerSolution]]:
-    items = [item for item in models.multiplying if item.layer.name in block.layers]
+    items = [item for item in models.free if item.layer.name in block.layers]
     if not parts:
         return RefinedBlock(block.name, block.layers, torch.nan, torch.nan, "its samples cannot be told apart"), {}
     held = [part.chosen(torch.nonzero(part.held_out)[:, 0]) for part in parts if bool(part.held_out.any())]

@@ -70,6 +70,12 @@ class Models:
         """The layers that multiply their input: all but the tables that rows are looked up in."""
         return tuple(item for item in self.layers if item.layer.operator.multiplies)
 
+    @property
+    def free(self) -> tuple[CalibratedLayer, ...]:
+        """The layers whose codes and steps may change after calibration: they multiply, and share them with no other layer."""
+        owners = {item.layer.shares for item in self.layers}
+        return tuple(item for item in self.multiplying if item.layer.shares is None and item.layer.name not in owners)
+
 
 def prepare(
     original: nn.Module,
@@ -95,9 +101,10 @@ def prepare(
     for layer in layers:
         old = quantized.get_submodule(layer.name)
         new = QuantizedLayer(old, layer.operator)
+        new.shares = layer.shares
         replace_module_(quantized, old, new)
         weight_bits, activation_bits = options[layer.name]
-        activation_grid = None if activation_bits is None else Grid(activation_bits)
+        activation_grid = None if activation_bits is None or not layer.operator.multiplies else Grid(activation_bits)
         weight_grid = replace(weights, bits=weight_bits, group=group_of(layer, weights.group))
         clip, norm = clips.get(layer.name, Clip()), norms.get(layer.name)
         items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip, norm))
@@ -125,7 +132,8 @@ def at_option(item: CalibratedLayer, option: tuple[int, int | None]) -> Calibrat
     """
     weight_bits, activation_bits = option
     weight_grid = replace(item.weight_grid, bits=weight_bits)
-    return replace(item, weight_grid=weight_grid, activation_grid=None if activation_bits is None else Grid(activation_bits))
+    activation_grid = None if activation_bits is None or not item.layer.operator.multiplies else Grid(activation_bits)
+    return replace(item, weight_grid=weight_grid, activation_grid=activation_grid)
 
 
 def assign_(models: Models, solutions: Mapping[str, LayerSolution]) -> None:

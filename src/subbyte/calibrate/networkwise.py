@@ -128,7 +128,7 @@ class _Training:
         return f"error of outputs and layers in the first and last tenth of {settings.iterations} steps: {first:.4g}, {last:.4g}"
 
     def _loss(self, batch: Batch) -> Tensor:
-        items = self.models.multiplying
+        items = self.models.free
         with torch.no_grad(), _outputs(items, [item.original for item in items]) as wanted:
             reference = read_outputs(call(self.models.original, batch), batch)
         with _outputs(items, [item.quantized for item in items]) as given:
@@ -144,7 +144,7 @@ class _Training:
     @torch.no_grad()
     def _trainable(self, batch: Batch) -> list[TrainableLayer]:
         """Parameters of each layer, at its present solution."""
-        items = self.models.multiplying
+        items = self.models.free
         with _outputs(items, [item.original for item in items]) as outputs:
             call(self.models.original, batch)
         layers = []

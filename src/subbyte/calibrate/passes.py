@@ -22,6 +22,7 @@ from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_
 from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.rows import RowSampling, generator_for
+from subbyte.calibrate.shared import owner_of, solve_shared
 from subbyte.calibrate.table import solve_table
 from subbyte.errors import LayerError, naming_layer
 from subbyte.model.lockstep import Forward, Lockstep, Stop
@@ -123,12 +124,12 @@ class _Solving:
                 known = self.kept.recall(item, prefix) if name not in samples else None
                 if known is None:
                     samples[name] += self._sampled(item, stop, sequential=sequential)
-                    known = None if name in repeated else self._solve(item, samples.pop(name), prefix)
+                    known = None if name in repeated else self._solve(item, samples.pop(name), prefix, found)
                 if known is not None:
                     found[name] = known
                     if sequential:
                         assign_(models, {name: known.solution})
-        found |= {name: self._solve(by_name[name], samples[name], ()) for name in list(samples)}
+        found |= {name: self._solve(by_name[name], samples[name], (), found) for name in list(samples)}
         for name in by_name:
             if name not in found:
                 raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
@@ -139,14 +140,16 @@ class _Solving:
             return []
         return [sample_at(item, stop, self.data, self.method.sampling, sequential=sequential)]
 
-    def _solve(self, item: CalibratedLayer, samples: Sequence[StopRows], prefix: object) -> Judged:
-        started, name = time.perf_counter(), item.layer.name
-        if item.layer.operator.multiplies:
-            problem = problem_of(item, samples)
-            with naming_layer(name, f"weight {item.layer.weight_shape}"):
-                judged = solve_guarded(problem, self.method.solver, self.method.baseline, generator_for(self.data.seed, f"solve {name}"))
-        else:
-            judged = solve_table(item, refine=self.method.solver != self.method.baseline)
+    def _solve(self, item: CalibratedLayer, samples: Sequence[StopRows], prefix: object, found: Mapping[str, Judged]) -> Judged:
+        started, name, generator = time.perf_counter(), item.layer.name, generator_for(self.data.seed, f"solve {item.layer.name}")
+        with naming_layer(name, f"weight {item.layer.weight_shape}"):
+            owner = owner_of(name, item.layer.shares, found) if item.layer.shares else None
+            if not item.layer.operator.multiplies:
+                judged = owner or solve_table(item, refine=self.method.solver != self.method.baseline)
+            elif owner:
+                judged = solve_shared(problem_of(item, samples), owner)
+            else:
+                judged = solve_guarded(problem_of(item, samples), self.method.solver, self.method.baseline, generator)
         self.kept.keep(item, judged, prefix)
         self.observer(LayerSolved("calibrate", name, judged.error, judged.baseline_error, time.perf_counter() - started))
         return judged

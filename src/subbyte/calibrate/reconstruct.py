@@ -5,14 +5,16 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from subbyte.calibrate.gather import CalibrationSet, StopRows, problem_of, sample_at
 from subbyte.calibrate.guard import Judged, solve_guarded
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, at_option
 from subbyte.calibrate.passes import Method
+from subbyte.calibrate.problem import LayerProblem
 from subbyte.calibrate.rows import generator_for
+from subbyte.calibrate.shared import owner_of, solve_shared
 from subbyte.calibrate.table import solve_table
 from subbyte.errors import LayerError, naming_layer
 from subbyte.model.lockstep import Forward, Lockstep
@@ -53,7 +55,8 @@ def reconstruct(
         began, name = time.perf_counter(), item.layer.name
         wanted = [option for option in options[name] if option not in found[name]]
         with naming_layer(name, f"weight {item.layer.weight_shape}"):
-            found[name] |= _solve(item, wanted, samples, method, kept, data.seed)
+            owner = owner_of(name, item.layer.shares, found) if item.layer.shares else {}
+            found[name] |= _Solving(method, kept, data.seed, owner).all(item, wanted, samples)
         worst = max(found[name].values(), key=lambda judged: judged.error)
         observer(LayerSolved(STAGE, name, worst.error, worst.baseline_error, time.perf_counter() - began))
     observer(StageFinished(STAGE, time.perf_counter() - started))
@@ -86,21 +89,30 @@ def _reached(models: Models, items: Sequence[CalibratedLayer], data: Calibration
             raise LayerError(name, "was reached by no calibration batch; exclude it or add samples that use it")
 
 
-def _solve(
-    item: CalibratedLayer, wanted: Sequence[Option], samples: list[StopRows], method: Method, kept: Kept, seed: int
-) -> dict[Option, Judged]:
-    found = {}
-    if not item.layer.operator.multiplies:
-        for option in wanted:
+@dataclass(frozen=True, eq=False)
+class _Solving:
+    """How a layer is solved at its options; `owner`: what was found at each option for the layer that gives it its codes."""
+
+    method: Method
+    kept: Kept
+    seed: int
+    owner: Mapping[Option, Judged]
+
+    def all(self, item: CalibratedLayer, wanted: Sequence[Option], samples: list[StopRows]) -> dict[Option, Judged]:
+        """The solutions at some options."""
+        problem = problem_of(item, samples) if item.layer.operator.multiplies else None
+        samples.clear()
+        found = {}
+        for option in sorted(wanted, key=lambda option: option[1] or 0):  # one grid of the input after the other: what they share is kept
             here = at_option(item, option)
-            found[option] = solve_table(here, refine=method.solver != method.baseline)
-            kept.keep(here, found[option])
+            found[option] = self._one(here, problem, self.owner.get(option))
+            self.kept.keep(here, found[option])
         return found
-    problem = problem_of(item, samples)
-    samples.clear()
-    for option in sorted(wanted, key=lambda option: option[1] or 0):  # one grid of the input after the other: what they share is kept
-        here = at_option(item, option)
-        posed = replace(problem, weight_grid=here.weight_grid, activation_grid=here.activation_grid)
-        found[option] = solve_guarded(posed, method.solver, method.baseline, generator_for(seed, f"solve {item.layer.name}"))
-        kept.keep(here, found[option])
-    return found
+
+    def _one(self, item: CalibratedLayer, problem: LayerProblem | None, owner: Judged | None) -> Judged:
+        if problem is None:
+            return owner or solve_table(item, refine=self.method.solver != self.method.baseline)
+        posed = replace(problem, weight_grid=item.weight_grid, activation_grid=item.activation_grid)
+        if owner is not None:
+            return solve_shared(posed, owner)
+        return solve_guarded(posed, self.method.solver, self.method.baseline, generator_for(self.seed, f"solve {item.layer.name}"))

@@ -160,8 +160,9 @@ def profile(
     """
     check_model(model)
     batches = as_batches(data)
-    found = survey(model, batches, choices.include, choices.exclude)[0].layers
-    names, tables = [layer.name for layer in found], {layer.name for layer in found if not layer.operator.multiplies}
+    found = survey(model, batches, choices.include, choices.exclude)[0]
+    names = [layer.name for layer in found.layers]
+    tables = {layer.name for layer in found.layers if not layer.operator.multiplies} - found.shared  # these have their partner's options
     options = for_tables(choices.within(timing.target.options(), timing.target.name).of(names), tables)
     layers = layers_at(model, batches, timing.batch_size, names)
     return measure_layers(layers, options, timing, Bank() if bank is None else bank, observer)

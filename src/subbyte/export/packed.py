@@ -21,7 +21,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -112,11 +112,12 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         raise ModelError("nothing in this model is quantized, so there is nothing to pack")
     states = {name: layer.state() for name, layer in layers.items()}
     inputs = [state.activation for state in states.values() if state.activation is not None]
-    affine = [state.zero_point for state in states.values() if not state.weight_grid.symmetric]
+    own = [states[name] for name, layer in layers.items() if layer.shares is None]
+    affine = [state.zero_point for state in own if not state.weight_grid.symmetric]
     biases = [state.bias for state in states.values() if state.bias is not None]
     tensors = {
-        "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in states.values()])),
-        "weight_scale": torch.cat([state.scale.flatten().cpu() for state in states.values()]),
+        "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in own])),
+        "weight_scale": torch.cat([state.scale.flatten().cpu() for state in own]),
         "weight_zero_point": torch.cat([zero.flatten().to("cpu", torch.uint8) for zero in affine]) if affine else None,
         "bias": torch.cat([bias.cpu() for bias in biases]) if biases else None,
         "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
@@ -132,6 +133,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "folds": [[fold.layer, fold.batch_norm] for fold in folds],
         "attention": {name: one.grid.bits for name, one in products.items()},
         "names": list(states),
+        "shares": [-1 if layer.shares is None else list(states).index(layer.shares) for layer in layers.values()],
         "shapes": [list(state.codes.shape) for state in states.values()],
         "channels": [state.scale.shape[0] for state in states.values()],
         "group": [state.weight_grid.group or 0 for state in states.values()],
@@ -235,23 +237,33 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     if not isinstance(metadata["structure"], str) or not all(len(pair) == 2 for pair in metadata["folds"]):
         raise ValueError("its structure or folds")
     columns = [metadata[key] for key in ("names", "shapes", "channels", "group", "bias")]
-    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits")]
+    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits", "shares")]
     counts: defaultdict[str, int] = defaultdict(int)
-    for _name, shape, outputs, group, has_bias, bits, symmetric, activation_bits in zip(*columns, strict=True):
+    for index, (_name, shape, outputs, group, has_bias, bits, symmetric, activation_bits, owner) in enumerate(zip(*columns, strict=True)):
+        if owner >= 0:
+            _check_shared(metadata, index, owner)
         if not all(isinstance(size, int) and size > 0 for size in (*shape, outputs)):
             raise ValueError(f"shape {shape} with {outputs} output channels")
         if group and len(shape) != 2:
             raise ValueError(f"groups of {group} columns in a weight of shape {shape}")
         grid, steps = Grid(bits, group=group or None), _step_count(shape, outputs, group)
         Grid(activation_bits or 8)
-        counts["codes"] += packed_size(int(np.prod(shape, dtype=np.int64)), grid.bits)
-        counts["weight_scale"] += steps
-        counts["weight_zero_point"] += 0 if symmetric else steps
+        if owner < 0:
+            counts["codes"] += packed_size(int(np.prod(shape, dtype=np.int64)), grid.bits)
+            counts["weight_scale"] += steps
+            counts["weight_zero_point"] += 0 if symmetric else steps
         counts["bias"] += outputs if has_bias else 0
         counts["activation_scale"] += bool(activation_bits)
         counts["activation_zero_point"] += bool(activation_bits)
     for name, count in counts.items():
         _expect(tensors, name, torch.float32 if name in FLOATS else torch.uint8, count)
+
+
+def _check_shared(metadata: Mapping[str, Any], index: int, owner: int) -> None:
+    """A layer takes the codes of an earlier one that has its own, of the same shape and grid."""
+    same = ("shapes", "channels", "group", "weight_bits", "weight_symmetric", "transposed")
+    if owner >= index or metadata["shares"][owner] >= 0 or any(metadata[key][index] != metadata[key][owner] for key in same):
+        raise ValueError(f"layer {index} cannot have the codes of layer {owner}")
 
 
 def _step_count(shape: Sequence[int], outputs: int, group: int) -> int:
@@ -281,12 +293,14 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         put_products_(model, [name for name in attention if attention[name] == bits], bits)
     for products in products_of(model).values():
         products.assign_(torch.ones(4), torch.zeros(4, dtype=torch.int32))
-    for name, layer_state in _layer_states(packed):
+    names, shares = packed.metadata["names"], packed.metadata["shares"]
+    for index, (name, layer_state) in enumerate(_layer_states(packed)):
         module = model.get_submodule(name)
         operator = operator_of(module)
         if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[arg-type]
             raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
         quantized = QuantizedLayer(module, operator)
+        quantized.shares = None if shares[index] < 0 else names[shares[index]]
         quantized.assign_(layer_state)
         replace_module_(model, module, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]
     expected = _other_state(model, _quantized_layers(model))
@@ -301,24 +315,31 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
 def _layer_states(packed: PackedModel) -> list[tuple[str, QuantizedState]]:
     """The layers' codes and steps, cut out of the joint tensors in order."""
     metadata, parts = packed.metadata, _Parts(packed.tensors)
-    found = []
+    found: list[tuple[str, QuantizedState]] = []
     for index, name in enumerate(metadata["names"]):
-        shape, channels, group = (metadata[key][index] for key in ("shapes", "channels", "group"))
-        grid = Grid(metadata["weight_bits"][index], bool(metadata["weight_symmetric"][index]), group or None)
-        count, steps = int(np.prod(shape, dtype=np.int64)), _step_count(shape, channels, group)
-        codes = parts.take("codes", packed_size(count, grid.bits)).numpy()
-        levels = torch.from_numpy(unpack(codes, grid.bits, count)).to(torch.int16) + grid.lowest
-        scale = parts.take("weight_scale", steps)
-        zero = torch.zeros(steps, dtype=torch.int32) if grid.symmetric else parts.take("weight_zero_point", steps).to(torch.int32)
-        bias = parts.take("bias", channels) if metadata["bias"][index] else None
+        owner = metadata["shares"][index]
+        weights = _weights(metadata, index, parts) if owner < 0 else found[owner][1]
+        bias = parts.take("bias", metadata["channels"][index]) if metadata["bias"][index] else None
         activation = None
         if metadata["activation_bits"][index]:
             step, offset = parts.take("activation_scale", 1)[0], parts.take("activation_zero_point", 1)[0].to(torch.int32)
             activation = (step, offset, Grid(metadata["activation_bits"][index]))
-        if group:
-            scale, zero = scale.view(channels, -1), zero.view(channels, -1)
-        found.append((name, QuantizedState(levels.view(shape), scale, zero, bias, grid, activation)))
+        found.append((name, replace(weights, bias=bias, activation=activation)))
     return found
+
+
+def _weights(metadata: Mapping[str, Any], index: int, parts: _Parts) -> QuantizedState:
+    """Codes and steps of a layer that has its own."""
+    shape, channels, group = (metadata[key][index] for key in ("shapes", "channels", "group"))
+    grid = Grid(metadata["weight_bits"][index], bool(metadata["weight_symmetric"][index]), group or None)
+    count, steps = int(np.prod(shape, dtype=np.int64)), _step_count(shape, channels, group)
+    codes = parts.take("codes", packed_size(count, grid.bits)).numpy()
+    levels = torch.from_numpy(unpack(codes, grid.bits, count)).to(torch.int16) + grid.lowest
+    scale = parts.take("weight_scale", steps)
+    zero = torch.zeros(steps, dtype=torch.int32) if grid.symmetric else parts.take("weight_zero_point", steps).to(torch.int32)
+    if group:
+        scale, zero = scale.view(channels, -1), zero.view(channels, -1)
+    return QuantizedState(levels.view(shape), scale, zero, None, grid, None)
 
 
 class _Parts:

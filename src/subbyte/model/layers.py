@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, tensors
-from subbyte.model.operators import Convolution, Operator, operator_of
+from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of
 
 IDLE_BATCHES = 4  # so many batches without a new layer, and those not yet called are taken to be never called
 
@@ -37,6 +37,7 @@ class Layer:
         macs: multiply-accumulate operations for one sample, in all calls together.
         calls: how often the layer was called in one forward.
         tied_with: names of modules whose weight is the same tensor.
+        shares: name of an earlier layer whose codes this one takes, because its weight is the same tensor, laid out alike; or None.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Layer:
     macs: int
     calls: int
     tied_with: tuple[str, ...]
+    shares: str | None = None
 
     @property
     def weight_count(self) -> int:
@@ -92,6 +94,11 @@ class Survey:
     def multiplying(self) -> tuple[Layer, ...]:
         """The layers that multiply their input: all but the tables that rows are looked up in."""
         return tuple(layer for layer in self.layers if layer.operator.multiplies)
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Names of the layers that share their codes with others, those that give them included."""
+        return frozenset(name for layer in self.layers if layer.shares for name in (layer.name, layer.shares))
 
 
 def check_model(model: nn.Module) -> None:
@@ -177,7 +184,22 @@ def survey(
             "nothing to quantize: no Linear, convolution or Embedding of torch.nn is called in a forward (or all are excluded); "
             f"modules found: {seen}"
         )
-    return Survey(tuple(layers), tuple(left_out)), calls.output
+    return Survey(_with_shared(layers), tuple(left_out)), calls.output
+
+
+def _with_shared(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers, those that take the codes of an earlier one marked."""
+    found: list[Layer] = []
+    for layer in layers:
+        owners = (earlier for earlier in found if earlier.name in layer.tied_with and earlier.shares is None and _alike(earlier, layer))
+        owner = next(owners, None)
+        found.append(layer if owner is None else replace(layer, shares=owner.name))
+    return tuple(found)
+
+
+def _alike(one: Layer, other: Layer) -> bool:
+    """Whether the same codes and steps serve both: an embedding's rows are a linear layer's output channels."""
+    return one.operator == other.operator or {one.operator, other.operator} == {Lookup(), Linear()}
 
 
 @dataclass(frozen=True, eq=False)

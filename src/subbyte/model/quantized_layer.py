@@ -96,6 +96,7 @@ class QuantizedLayer(nn.Module):
                 setattr(self, name, value)
         self.operator = operator
         self.kind = f"{type(module).__name__}({module.extra_repr()})"
+        self.shares: str | None = None  # the layer of the model that gives this one its codes
         self.weight_grid: Grid | None = None
         self.activation_grid: Grid | None = None
         bias = getattr(module, "bias", None)

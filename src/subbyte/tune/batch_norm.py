@@ -92,7 +92,7 @@ class BatchNormTuning(Refinement):
             data: see there.
             observer: see there.
         """
-        tuned = [item for item in models.multiplying if item.norm is not None or self.without_batch_norm]
+        tuned = [item for item in models.free if item.norm is not None or self.without_batch_norm]
         if not tuned:
             return ("nothing to do: no batch norm was folded into a layer",)
         started = time.perf_counter()
@@ -103,7 +103,7 @@ class BatchNormTuning(Refinement):
             if items:
                 _pass_(models, items, data, self.reference)
         observer(StageFinished(self.name, time.perf_counter() - started))
-        normed, left = sum(item.norm is not None for item in tuned), [item.layer.name for item in models.multiplying if item not in tuned]
+        normed, left = sum(item.norm is not None for item in tuned), [item.layer.name for item in models.free if item not in tuned]
         notes = [f"{normed} batch norms re-estimated, reference: {self.reference.value}"] if normed else []
         notes += [f"{len(tuned) - normed} layers without a batch norm re-estimated, reference: float model"] if len(tuned) > normed else []
         return (*notes, *([f"left as they are, without a batch norm: {', '.join(left)}"] if left else []))

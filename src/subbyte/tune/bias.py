@@ -117,9 +117,9 @@ class _Tuning:
     def __init__(self, models: Models, parts: Sequence[Batch], settings: BiasTuning, judge: Judge) -> None:
         self._models, self._parts, self._settings, self._judge = models, parts, settings, judge
         norms = _norms(models.quantized) if settings.norm_biases else []
-        modules = [*(norm for norm, _ in norms), *(item.quantized for item in models.multiplying)]
+        modules = [*(norm for norm, _ in norms), *(item.quantized for item in models.free)]
         spreads = _spreads(models.quantized, modules, parts[0], settings.batch_samples)
-        self._layers = [TunedLayer(item, with_steps=settings.step_rate > 0) for item in models.multiplying]
+        self._layers = [TunedLayer(item, with_steps=settings.step_rate > 0) for item in models.free]
         biases = [(layer.bias, spreads[layer.item.quantized]) for layer in self._layers] + [(bias, spreads[norm]) for norm, bias in norms]
         self._groups: list[tuple[Tensor, float]] = [(bias, settings.bias_rate * spread) for bias, spread in biases]
         self._groups += [(step, settings.step_rate) for layer in self._layers for step in layer.steps]
