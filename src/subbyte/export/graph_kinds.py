@@ -79,6 +79,17 @@ def key_of(node: Node) -> str | None:
     return None
 
 
+def table_of(node: Node) -> str | None:
+    """Key of the table that a node looks rows up in; None if it does something else.
+
+    Args:
+        node: of a traced graph.
+    """
+    if node.target is aten.embedding.default and isinstance(node.args[0], Node) and node.args[0].target is WEIGHT:
+        return str(node.args[0].args[1])
+    return None
+
+
 def input_quantizer(node: Node) -> Node | None:
     """The quantiser of a layer's input, perhaps behind padding; None if the input is not quantised.
 

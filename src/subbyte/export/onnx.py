@@ -163,7 +163,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
         translation.simplify_(graph)
     constants = translation.fix_constants_(graph, marked)
     content, sites = translation.to_file(graph, example, constants, compact=target.compact)
-    kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
+    tables = {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
+    kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)
@@ -188,7 +189,7 @@ def _translation() -> ModuleType:
 
 def _check_groups(states: Mapping[str, QuantizedState], target: Target) -> None:
     """Int8 kernels multiply whole sums by a step: they have none for the groups of an output channel."""
-    grouped = [name for name, state in states.items() if state.weight_grid.group is not None]
+    grouped = [name for name, state in states.items() if state.weight_grid.group is not None and state.bias is not None]
     if grouped:
         raise OptionError(
             f"{target.name} has no int8 kernel for weights with a step for every {states[grouped[0]].weight_grid.group} inputs, as in "

@@ -9,7 +9,7 @@ bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -28,6 +28,7 @@ from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_
 from subbyte.model.operators import Convolution
+from subbyte.quantizers.granularity import per_weight
 
 OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
@@ -124,7 +125,10 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants]) 
     codes = {key: widened[owner[key]] if key in owner else builder.constant(_unwidened(item)) for key, item in stored.items()}
     for node in weights:
         key = _text(node)
-        _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+        if constants[key].operator.multiplies:
+            _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+        else:
+            _replace_(node, _rows(builder, codes[key], constants[key], sites[key].last), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
             _replace_(node, _bias(builder, node, constants[_text(node)]), builder, node)
@@ -153,6 +157,10 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
         if reader.op_type not in ("Conv", "ConvTranspose"):
             raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
         return _Site(node, False, (None if operator.groups > 1 else 1) if operator.transposed else 0)
+    if not operator.multiplies:
+        if reader.op_type != "Gather":
+            raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
+        return _Site(reader, False, 0)
     if reader.op_type == "Transpose":
         return _Site(reader, True, 1)
     if reader.op_type == "Gemm" and reader.attributes["transB"].as_int() == 1:
@@ -165,6 +173,10 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
 
 def _stored(constants: LayerConstants, site: _Site) -> Stored:
     codes, zero = constants.codes.numpy(), None
+    if not constants.operator.multiplies:  # rows are gathered from INT8 or UINT8, whatever their groups are
+        if not constants.grid.symmetric:
+            zero = per_weight(constants.zero_point, constants.grid.group, codes.shape[1]).numpy()
+        return Stored(codes, replace(constants.grid, group=None), zero)
     if not constants.grid.symmetric and constants.grid.group is None:
         zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy()
         zero = zero.T if site.transposed else zero
@@ -212,6 +224,20 @@ def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: 
     return builder.add("DequantizeLinear", *inputs, axis=site.axis)
 
 
+def _rows(builder: Builder, codes: ir.Value, constants: LayerConstants, gather: ir.Node) -> ir.Value:
+    """Rows of a table: codes and steps are looked up, then multiplied, so that the table is never there in floating point."""
+    indices, grid = gather.inputs[1], constants.grid
+    flat = builder.add("Reshape", indices, builder.constant(np.array([-1])))
+    inputs = [builder.add("Gather", codes, flat, axis=0), builder.add("Gather", builder.constant(constants.scale.numpy()), flat, axis=0)]
+    if not grid.symmetric and grid.bits == INT8_BITS:
+        zero = builder.constant(constants.zero_point.numpy().astype(np.uint8))
+        inputs.append(builder.add("Gather", zero, flat, axis=0))
+    blocks = {} if grid.group is None else {"block_size": grid.group}
+    rows = builder.add("DequantizeLinear", *inputs, axis=0 if grid.group is None else 1, **blocks)
+    width = builder.constant(np.array([constants.codes.shape[1]]))
+    return builder.add("Reshape", rows, builder.add("Concat", builder.add("Shape", indices), width, axis=0))
+
+
 def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants) -> ir.Value:
     """Codes (n, O) times the scales (K, O) of their column groups."""
     grid = constants.grid
@@ -243,7 +269,7 @@ def _quantizer(builder: Builder, node: ir.Node) -> ir.Value:
 
 def _replace_(marker: ir.Node, value: ir.Value, builder: Builder, last: ir.Node) -> None:
     """Let everything that reads `last`, the marker or what rearranges it, read `value`."""
-    builder.place_(marker)
+    builder.place_(last if last.op_type == "Gather" else marker)
     old = last.outputs[0]
     if old.is_graph_output():
         value.name, value.type, value.shape = old.name, old.type, old.shape
