@@ -218,3 +218,35 @@ def test_comparison_leaves_padding_out() -> None:
 
 def test_arrays_of_what_is_no_mapping_stay_in_order() -> None:
     assert [array.item() for array in as_arrays((torch.tensor(1), torch.tensor(2)), ("b", "a"))] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "group"), [(8, True, None), (4, True, None), (3, False, None), (8, False, None), (4, True, 8)]
+)
+def test_embeddings_are_looked_up_as_codes(tmp_path: Path, bits: int, symmetric: bool, group: int | None) -> None:
+    model = bert("eager")
+    recipe = subbyte.Recipe(symmetric_weights=symmetric, weight_group=group)
+    only = subbyte.Widths(bits, 8, include=("*embeddings*",))
+    result = subbyte.quantize(model, [sentences(8, 9, seed) for seed in range(4)], widths=only, recipe=recipe)
+    exported = result.export_onnx(tmp_path / "e.onnx", subbyte.OnnxRuntimeCPU())
+    assert set(exported.verification.kernels.values()) == {"Gather"} and len(exported.verification.kernels) == 3
+    file = onnx.load(tmp_path / "e.onnx").graph
+    kinds = {tuple(item.dims): item.data_type for item in file.initializer}
+    assert kinds.get((TOKENS, HIDDEN)) != onnx.TensorProto.FLOAT
+    other = sentences(3, 14, 9)
+    with torch.no_grad():
+        expected = result.model(**other).logits
+    found = OnnxModel(tmp_path / "e.onnx")(**other)
+    torch.testing.assert_close(next(iter(found.values())) if isinstance(found, dict) else found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_conv1d_of_transformers_runs_in_int8(tmp_path: Path) -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed").Conv1D
+    model = nn.Sequential(conv1d(48, HIDDEN), nn.ReLU(), nn.Linear(48, 5)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(10)
+    result = subbyte.quantize(model, torch.randn(32, HIDDEN), widths=subbyte.Widths(4, 8))
+    exported = result.export_onnx(tmp_path / "c.onnx")
+    assert exported.verification.kernels["0"] is not None
+    x = torch.randn(5, HIDDEN)
+    torch.testing.assert_close(exported.simulation(x), OnnxModel(tmp_path / "c.onnx")(x), rtol=1e-4, atol=1e-3)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from subbyte.errors import LayerError
-from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of, weight_of
+from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of, table_of
 from subbyte.export.markers import MarkedModel
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedState
@@ -78,33 +78,37 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
         LayerError: if a layer's weight is not where it is looked for.
     """
     found: dict[str, LayerConstants] = {}
-    calls = [(node, layer) for node in graph.graph.nodes if (layer := key_of(node)) is not None]
+    calls = [(node, layer) for node in graph.graph.nodes if (layer := key_of(node) or table_of(node)) is not None]
     for index, (node, layer) in enumerate(calls):
         key = str(index)
-        table = not marked.operators[layer].multiplies
-        quantizer = None if table else input_quantizer(node)
+        multiplies = marked.operators[layer].multiplies
+        quantizer = input_quantizer(node) if multiplies else None
         scale = None if quantizer is None else grid_of(quantizer).scale
         constants = _constants(layer, marked.operators[layer], marked.states[layer], scale)
-        weight, bias = weight_of(node), None if table else node.args[2] if len(node.args) > 2 else None
-        if weight is None or not table and not (isinstance(bias, Node) and bias.target is BIAS):
+        weight = node.args[1 if multiplies else 0]
+        bias = node.args[2] if multiplies and len(node.args) > 2 else None
+        if not isinstance(weight, Node) or (multiplies and not (isinstance(bias, Node) and bias.target is BIAS)):
             raise LayerError(layer, "was traced to something else than torch's own operator; exclude it to export the model")
-        rounded = constants.rounded_bias()
-        for name, marker, value in (("weight", weight, constants.weight()), ("bias", bias, rounded)):
-            if not isinstance(marker, Node):
-                continue
-            buffer = f"subbyte_{name}_{key}"
-            graph.register_buffer(buffer, value)
-            with graph.graph.inserting_before(marker):
-                source = graph.graph.get_attr(buffer)
-                source.meta = {"val": marker.meta.get("val")}
-                made = graph.graph.call_function(marker.target, (source, key))  # type: ignore[arg-type]
-                made.meta = dict(marker.meta)
-            node.replace_input_with(marker, made)
+        _give_(graph, node, weight, constants.weight(), key)
+        if isinstance(bias, Node):
+            _give_(graph, node, bias, constants.rounded_bias(), key)
         found[key] = constants
     graph.graph.eliminate_dead_code()
     graph.recompile()
     graph.delete_all_unused_submodules()
     return found
+
+
+def _give_(graph: GraphModule, node: Node, marker: Node, value: Tensor, key: str) -> None:
+    """Let a node read a constant of its own where it read a marker, behind a marker with its own key."""
+    buffer = f"subbyte_{'bias' if marker.target is BIAS else 'weight'}_{key}"
+    graph.register_buffer(buffer, value)
+    with graph.graph.inserting_before(marker):
+        source = graph.graph.get_attr(buffer)
+        source.meta = {"val": marker.meta.get("val")}
+        made = graph.graph.call_function(marker.target, (source, key))  # type: ignore[arg-type]
+        made.meta = dict(marker.meta)
+    node.replace_input_with(marker, made)
 
 
 def _constants(layer: str, operator: Operator, state: QuantizedState, input_scale: float | None) -> LayerConstants:

@@ -68,25 +68,26 @@ def grid_of(node: Node) -> TensorGrid:
     return TensorGrid(*node.args[1:])  # type: ignore[arg-type]
 
 
-def weight_of(node: Node) -> Node | None:
-    """The marker of the weight that a node computes with; None if it is no layer.
-
-    Args:
-        node: of a traced graph.
-    """
-    at = 0 if node.target is aten.embedding.default else 1
-    found = node.args[at] if node.op == "call_function" and len(node.args) > at else None
-    return found if isinstance(found, Node) and found.target is WEIGHT else None
-
-
 def key_of(node: Node) -> str | None:
     """Key of the layer that a node computes; None if it is no layer.
 
     Args:
         node: of a traced graph.
     """
-    marker = weight_of(node)
-    return None if marker is None else str(marker.args[1])
+    if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[1], Node) and node.args[1].target is WEIGHT:
+        return str(node.args[1].args[1])
+    return None
+
+
+def table_of(node: Node) -> str | None:
+    """Key of the table that a node looks rows up in; None if it does something else.
+
+    Args:
+        node: of a traced graph.
+    """
+    if node.target is aten.embedding.default and isinstance(node.args[0], Node) and node.args[0].target is WEIGHT:
+        return str(node.args[0].args[1])
+    return None
 
 
 def input_quantizer(node: Node) -> Node | None:

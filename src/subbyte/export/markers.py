@@ -145,10 +145,10 @@ class MarkedLayer(nn.Module):
         for name, value in vars(layer).items():  # what the model's own code may read
             if not name.startswith("_") and name not in ("training", "operator"):
                 setattr(self, name, value)
-        state, self.operator = as_exported(layer)
+        state, self.operator = outputs_first(layer)
         self.key = key
         self.input_grid = TensorGrid.of(*state.activation) if state.activation else None
-        self.register_buffer("weight", layer.weight if self.operator == layer.operator else layer.weight.mT.contiguous())
+        self.register_buffer("weight", state.weight(self.operator))
         self.register_buffer("bias", torch.zeros(len(state.scale)) if state.bias is None else state.bias)
         # torch.nn.TransformerEncoderLayer has a fast path that never calls a layer, unless a hook hangs on it
         self.register_forward_pre_hook(lambda module, args: None)
@@ -163,19 +163,19 @@ class MarkedLayer(nn.Module):
         if self.input_grid is not None:
             grid = self.input_grid
             input = quantize(input, grid.scale, grid.zero_point, grid.low, grid.high)  # noqa: A001
-        return self.operator(input, weight(self.weight, self.key), bias(self.bias, self.key))
+        return self.operator(input, weight(self.weight, self.key), bias(self.bias, self.key) if self.operator.multiplies else None)
 
 
-def as_exported(layer: QuantizedLayer) -> tuple[QuantizedState, Operator]:
-    """What a layer computes with, and its arithmetic, as a graph has it: a linear layer with its weight transposed is turned round.
+def outputs_first(layer: QuantizedLayer) -> tuple[QuantizedState, Operator]:
+    """What a layer computes with, the weight of GPT-2's Conv1D turned round, as the graph's own operator has it.
 
     Args:
         layer: with codes.
     """
-    state, operator = layer.state(), layer.operator
-    if isinstance(operator, Linear) and operator.transposed:
+    state = layer.state()
+    if layer.operator == Linear(transposed=True):
         return replace(state, codes=state.codes.mT.contiguous()), Linear()
-    return state, operator
+    return state, layer.operator
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,5 +215,5 @@ def marked(model: nn.Module) -> MarkedModel:
     layers = {name: module for name, module in copy.named_modules() if isinstance(module, QuantizedLayer) and module.is_quantized}
     for name, layer in layers.items():
         replace_module_(copy, layer, MarkedLayer(layer, name))
-    parts = {name: as_exported(layer) for name, layer in layers.items()}
+    parts = {name: outputs_first(layer) for name, layer in layers.items()}
     return MarkedModel(copy, {name: state for name, (state, _) in parts.items()}, {name: operator for name, (_, operator) in parts.items()})

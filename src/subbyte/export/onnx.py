@@ -183,8 +183,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     quantizers = translation.place_for_(graph, models.calibration.batches, target)
     constants = translation.fix_constants_(graph, marked)
     content, sites = translation.to_file(graph, example, constants, compact=target.compact, signed_codes=target.signed_codes)
-    kernels = target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)
-    kernels |= {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
+    tables = {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
+    kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     simulation = translation.Simulated(graph)
@@ -219,8 +219,11 @@ def _check_groups(states: Mapping[str, QuantizedState], target: Target | None) -
                 f"quantized, as in '{name}'; give it 4 bits, leave its input in float32, or quantize with weight_group=None (no "
                 "--group-size)"
             )
-    grouped = [] if target is None else [n for n, state in states.items() if state.weight_grid.group not in (None, *target.weight_groups)]
-    if grouped and target is not None:
+    if target is None:
+        return
+    layers = {name: state for name, state in states.items() if state.bias is not None}  # a table is looked up in
+    grouped = [name for name, state in layers.items() if state.weight_grid.group not in (None, *target.weight_groups)]
+    if grouped:
         raise OptionError(
             f"{target.name} has no int8 kernel for weights with a step for every {states[grouped[0]].weight_grid.group} inputs, as in "
             f"'{grouped[0]}'; quantize with weight_group=None (no --group-size), export with the target Simulation(), or allow floating "

@@ -9,7 +9,7 @@ bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -28,6 +28,7 @@ from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_
 from subbyte.model.operators import Convolution
+from subbyte.quantizers.granularity import per_weight
 
 OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
@@ -153,7 +154,10 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], 
     codes = {key: widened[owner[key]] if key in owner else builder.constant(_unwidened(item)) for key, item in stored.items()}
     for node in weights:
         key = _text(node)
-        _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+        if constants[key].operator.multiplies:
+            _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+        else:
+            _replace_(node, _rows(builder, codes[key], constants[key], sites[key].last), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
             _replace_(node, _bias(builder, node, constants[_text(node)], signed_codes=signed_codes), builder, node)
@@ -182,8 +186,10 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
         if reader.op_type not in ("Conv", "ConvTranspose"):
             raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
         return _Site(node, False, (None if operator.groups > 1 else 1) if operator.transposed else 0)
-    if not operator.multiplies and reader.op_type == "Gather":
-        return _Site(node, False, 0)
+    if not operator.multiplies:
+        if reader.op_type != "Gather":
+            raise LayerError(constants.layer, f"was translated to {reader.op_type}; exclude it to export the model")
+        return _Site(reader, False, 0)
     if reader.op_type == "Transpose":
         return _Site(reader, True, 1)
     if reader.op_type == "Gemm" and reader.attributes["transB"].as_int() == 1:
@@ -196,6 +202,10 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
 
 def _stored(constants: LayerConstants, site: _Site) -> Stored:
     codes, zero = constants.codes.numpy(), None
+    if not constants.operator.multiplies:  # rows are gathered from INT8 or UINT8, whatever their groups are
+        if not constants.grid.symmetric:
+            zero = per_weight(constants.zero_point, constants.grid.group, codes.shape[1]).numpy()
+        return Stored(codes, replace(constants.grid, group=None), zero)
     if not constants.grid.symmetric and constants.grid.group is None:
         zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy()
         zero = zero.T if site.transposed else zero
@@ -245,7 +255,7 @@ def _block_of(constants: LayerConstants) -> int | None:
 def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
     scale = constants.scale
     if constants.grid.group is not None:
-        return _blocks(builder, codes, constants, site)
+        return _blocks(builder, codes, constants)
     block = _block_of(constants) if codes.dtype == ir.DataType.INT4 else None
     if block is not None:
         blocks = constants.codes.shape[1] // block
@@ -262,16 +272,29 @@ def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: 
     return builder.add("DequantizeLinear", *inputs, axis=site.axis)
 
 
-def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
-    """Codes (n, O) times the scales (K, O) of their column groups; of a table, codes (O, n) times scales (O, K)."""
+def _rows(builder: Builder, codes: ir.Value, constants: LayerConstants, gather: ir.Node) -> ir.Value:
+    """Rows of a table: codes and steps are looked up, then multiplied, so that the table is never there in floating point."""
+    indices, grid = gather.inputs[1], constants.grid
+    flat = builder.add("Reshape", indices, builder.constant(np.array([-1])))
+    inputs = [builder.add("Gather", codes, flat, axis=0), builder.add("Gather", builder.constant(constants.scale.numpy()), flat, axis=0)]
+    if not grid.symmetric and grid.bits == INT8_BITS:
+        zero = builder.constant(constants.zero_point.numpy().astype(np.uint8))
+        inputs.append(builder.add("Gather", zero, flat, axis=0))
+    blocks = {} if grid.group is None else {"block_size": grid.group}
+    rows = builder.add("DequantizeLinear", *inputs, axis=0 if grid.group is None else 1, **blocks)
+    width = builder.constant(np.array([constants.codes.shape[1]]))
+    return builder.add("Reshape", rows, builder.add("Concat", builder.add("Shape", indices), width, axis=0))
+
+
+def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants) -> ir.Value:
+    """Codes (n, O) times the scales (K, O) of their column groups."""
     grid = constants.grid
     assert grid.group is not None
-    scale, zero = ((steps.T if site.transposed else steps).numpy() for steps in (constants.scale, constants.zero_point))
-    inputs = [codes, builder.constant(scale)]
+    inputs = [codes, builder.constant(constants.scale.T.numpy())]
     if not grid.symmetric:
         kind = {INT4_BITS: ml_dtypes.uint4, INT8_BITS: np.uint8}.get(grid.bits, np.int8)
-        inputs.append(builder.constant(zero.astype(kind)))
-    return builder.add("DequantizeLinear", *inputs, axis=0 if site.transposed else 1, block_size=grid.group)
+        inputs.append(builder.constant(constants.zero_point.T.numpy().astype(kind)))
+    return builder.add("DequantizeLinear", *inputs, axis=0, block_size=grid.group)
 
 
 def _bias(builder: Builder, node: ir.Node, constants: LayerConstants, *, signed_codes: bool) -> ir.Value:
@@ -295,7 +318,7 @@ def _quantizer(builder: Builder, node: ir.Node, *, signed_codes: bool) -> ir.Val
 
 def _replace_(marker: ir.Node, value: ir.Value, builder: Builder, last: ir.Node) -> None:
     """Let everything that reads `last`, the marker or what rearranges it, read `value`."""
-    builder.place_(marker)
+    builder.place_(last if last.op_type == "Gather" else marker)
     old = last.outputs[0]
     if old.is_graph_output():
         value.name, value.type, value.shape = old.name, old.type, old.shape
