@@ -100,8 +100,9 @@ def test_the_command_line_quantizes_and_scores_a_folder(tmp_path: Path, capsys: 
     source = f"hf:{text_models.folder(tmp_path / 'float', 'BertForSequenceClassification')}"
     (tmp_path / "texts.tsv").write_text("".join(f"{text}\t{index % 3}\n" for index, text in enumerate(text_models.texts())))
     data = ["--model", source, "--data", str(tmp_path / "texts.tsv"), "--max-tokens", "16"]
-    assert run(["quantize", *data, "--weight-bits", "8", "--out", f"{tmp_path}/run/"]) == 0
-    assert "bert.embeddings.word_embeddings" in capsys.readouterr().out
+    assert run(["quantize", *data, "--weight-bits", "8", "--attention-bits", "8", "--out", f"{tmp_path}/run/"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention products at 8 bits in 2 layers" in printed and "bert.embeddings.word_embeddings" in printed
     packed = tmp_path / "run" / "model.subbyte.safetensors"
     labels = ["--labels", str(tmp_path / "texts.tsv"), "--labels-key", "1", "--packed", str(packed), "--json"]
     assert run(["evaluate", *data, *labels]) == 0

@@ -45,6 +45,7 @@ from subbyte.cli.inputs import DataOptions, load_inputs, wanted_labels
 from subbyte.cli.model_source import HUB, opened_model
 from subbyte.cli.options import (
     ActivationBitsOption,
+    AttentionBitsOption,
     BatchSizeOption,
     ChannelOrderOption,
     DataOption,
@@ -138,6 +139,7 @@ def quantize(
     threads: ThreadsOption = None,
     symmetric: SymmetricOption = True,  # noqa: FBT002 - the command line gives it by name
     group_size: GroupSizeOption = None,
+    attention_bits: AttentionBitsOption = None,
     flavour: FlavourOption = None,
     recipe_name: RecipeOption = RecipeName.DEFAULT,
     force: ForceOption = False,  # noqa: FBT002
@@ -149,7 +151,7 @@ def quantize(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. Progress goes to stderr, the receipt to stdout. The file is written at the very end, whole or not at all.
     """
-    recipe = recipe_from(recipe_name, flavour, group_size, symmetric=symmetric)
+    recipe = recipe_from(recipe_name, flavour, (group_size, attention_bits), symmetric=symmetric)
     choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
     limits |= {"relative_error": max_error, "latency": seconds_of(max_latency)}

@@ -73,6 +73,9 @@ GroupSizeOption = Annotated[
     int | None,
     typer.Option("--group-size", metavar="N", help="Linear layers: one weight step for every N inputs, such as 64; otherwise for all."),
 ]
+AttentionBitsOption = Annotated[
+    int | None, typer.Option("--attention-bits", metavar="2..8", help="hf: models: bits of attention's factors; otherwise float32.")
+]
 FlavourOption = Annotated[
     Flavour | None,
     typer.Option("--flavour", help="Calibrate on what the quantized layers before give, or on float inputs. Default sequential."),
@@ -192,24 +195,27 @@ def pins_from(keep: Sequence[str] | None, pins: Sequence[str] | None, *, float_i
     return pinned
 
 
-def recipe_from(name: RecipeName, flavour: Flavour | None, group_size: int | None = None, *, symmetric: bool) -> Recipe:
+def recipe_from(
+    name: RecipeName, flavour: Flavour | None, grouping: tuple[int | None, int | None] = (None, None), *, symmetric: bool
+) -> Recipe:
     """The recipe that the options name.
 
     Args:
         name: as given.
         flavour: None keeps the recipe's own.
-        group_size: weights that share a step; None: all of an output channel.
+        grouping: weights that share a step, None: all of an output channel; and bits of attention's factors, None: float32.
         symmetric: whether weights have no zero-points.
 
     Raises:
-        OptionError: if the group size is below 1.
+        OptionError: if the group size is below 1, or attention bits are outside 2 to 8.
 
     Example:
         >>> recipe_from(RecipeName.ROUNDING, None, symmetric=False).solver.name
         'RoundToNearest'
     """
+    group_size, attention_bits = grouping
     check_positive("--group-size", group_size)
-    recipe = replace(name.recipe(), symmetric_weights=symmetric, weight_group=group_size)
+    recipe = replace(name.recipe(), symmetric_weights=symmetric, weight_group=group_size, attention_bits=attention_bits)
     return recipe if flavour is None else replace(recipe, flavour=flavour)
 
 
