@@ -14,8 +14,7 @@ from torch import Tensor
 
 from subbyte.calibrate import closest_point
 from subbyte.calibrate.closest_point import closed_form_step, coordinate_descent, error_feedback, tree_search
-from subbyte.calibrate.lattice import Lattice, least_squares, nearby_steps, nearby_zero_points
-from subbyte.calibrate.moments import moments_of
+from subbyte.calibrate.lattice import Lattice, nearby_steps, nearby_zero_points
 from subbyte.calibrate.problem import LayerProblem, Rows, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.errors import OptionError
@@ -233,42 +232,6 @@ def test_the_step_stays_where_there_is_nothing_to_fit() -> None:
     assert torch.equal(scale[0, :2], case.scale[0, :2])
 
 
-@given(
-    st.integers(1, 3), st.integers(1, 4), st.integers(1, 6), st.integers(1, 40), st.sampled_from((0.0, 0.01, 1.0)), st.integers(0, 10**6)
-)
-def test_least_squares_solves_the_normal_equations(groups: int, outputs: int, n: int, rows: int, ridge: float, seed: int) -> None:
-    if ridge == 0.0:
-        rows += 2 * n + 2  # without a ridge the rows have to determine the weights
-    chance = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(groups, rows, n, generator=chance) + 1, torch.randn(groups, rows, outputs, generator=chance)
-    weight = torch.randn(groups, outputs, n, generator=chance)
-    x = x * torch.rand(groups, 1, 1, generator=chance).add(0.1)
-    hessian, optimum = least_squares(moments_of(x, y), weight, ridge)
-    centred = x.double() - x.double().mean(dim=1, keepdim=True)
-    covariance = centred.mT @ centred / rows
-    d = covariance.diagonal(dim1=1, dim2=2).mean(dim=1)
-    if rows == 1:
-        return  # no covariance: every ridge is arbitrary
-    expected = covariance + ridge * d[:, None, None] * torch.eye(n, dtype=torch.float64)
-    torch.testing.assert_close(hessian, expected, rtol=1e-4, atol=1e-6)
-    right = centred.mT @ (y.double() - y.double().mean(dim=1, keepdim=True)) / rows + ridge * d[:, None, None] * weight.mT.double()
-    torch.testing.assert_close(expected @ optimum.mT, right, rtol=1e-3, atol=1e-4)
-
-
-def test_the_ridge_keeps_weights_that_no_row_determines() -> None:
-    x, weight = torch.randn(1, 50, 4), torch.randn(1, 3, 4)
-    x[..., 2] = 0
-    _, optimum = least_squares(moments_of(x, torch.randn(1, 50, 3)), weight, 0.01)
-    torch.testing.assert_close(optimum[..., 2].float(), weight[..., 2])
-
-
-def test_a_group_without_any_input_keeps_its_weights() -> None:
-    x, weight = torch.randn(2, 50, 4), torch.randn(2, 3, 4)
-    x[0] = 0
-    _, optimum = least_squares(moments_of(x, torch.randn(2, 50, 3)), weight, 0.01)
-    torch.testing.assert_close(optimum[0].float(), weight[0])
-
-
 @pytest.mark.parametrize("nearby", [nearby_steps, nearby_zero_points])
 @pytest.mark.parametrize("zero", [0, 1, 7, 14, 15])
 def test_what_is_tried_nearby_starts_with_what_there_is_and_stays_on_the_grid(
@@ -287,18 +250,6 @@ def test_steps_are_tried_on_both_sides_and_a_zero_point_at_an_end_stays() -> Non
     assert min(tried) < 0.5 < max(tried)
     assert sorted(int(z) for _, z in nearby_zero_points(given, 15)) == [6, 7, 8]
     assert len(nearby_zero_points((given[0], torch.tensor(0, dtype=torch.int32)), 15)) == 1
-
-
-def test_the_ridge_that_suits_unseen_rows_is_taken(make_problem: MakeProblem) -> None:
-    """As many rows as unknowns and noise in the targets: without a ridge the fit follows the noise."""
-    problem = make_problem(unknowns=40, rows=60, weight_grid=Grid(8, symmetric=True), activation_grid=None)
-    noisy = replace(problem, fit=Rows(problem.fit.inputs, problem.fit.targets + torch.randn(1, 60, 6)))
-    errors = {
-        ridges: relative_error(noisy, Lattice(ridges).solve(noisy, torch.Generator().manual_seed(0)), noisy.held_out)
-        for ridges in ((1e-6,), (30.0,), (1e-6, 30.0), (30.0, 1e-6))
-    }
-    assert errors[30.0,] < 0.5 * errors[1e-6,]
-    assert errors[1e-6, 30.0] == errors[30.0, 1e-6] == errors[30.0,]
 
 
 @pytest.mark.parametrize(

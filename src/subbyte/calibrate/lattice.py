@@ -20,8 +20,7 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` (or on
 
 With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always.
 
-The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; among a few, the one is taken whose codes
-have the least error on held-out rows, by steps 1 and 2 at 4 bits.
+The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; `calibrate.ridge` says how it is chosen.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from torch import Tensor
 from subbyte.calibrate.closest_point import closed_form_step, coordinate_descent, error_feedback, tree_search
 from subbyte.calibrate.moments import Moments, moments_of
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver, quantized_inputs, relative_error
+from subbyte.calibrate.ridge import HeldOutError, best_ridge, least_squares, pull_of
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.steps import least_output_error, starting_activation, weight_step
 from subbyte.errors import OptionError
@@ -42,8 +42,7 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
-JUDGED = Grid(4, symmetric=True)  # by which a ridge is chosen, for all grids of the weights
-JUDGED_OUTPUTS = 48  # output channels by which it is chosen, at most
+FINE_BITS = 6  # weights with as many bits may take a larger ridge
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,8 @@ class Lattice(Solver):
     Args:
         ridges: candidates for `lambda`, as shares of the mean of `diag H`; the one whose 4-bit codes do best on held-out rows is
             taken.
+        fine_ridges: candidates for a larger `lambda` of `w*`, but not of `H`, where weights have 6 bits or more, the largest first; the
+            first whose real weights do nearly as well on held-out rows is taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
         step_ratios: steps to start from, as multiples of the one that step 1 finds.
@@ -77,6 +78,7 @@ class Lattice(Solver):
     """
 
     ridges: tuple[float, ...] = (0.03, 0.3, 3.0)
+    fine_ridges: tuple[float, ...] = (30.0, 3.0)
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
     step_ratios: tuple[float, ...] = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
@@ -89,7 +91,8 @@ class Lattice(Solver):
     search_paths: int = 32
 
     def __post_init__(self) -> None:
-        positive = all(number > 0 for number in (*self.ridges, *self.step_ratios, *self.shifted_ratios))
+        numbers = (*self.ridges, *self.fine_ridges, *self.step_ratios, *self.shifted_ratios)
+        positive = all(number > 0 for number in numbers)
         counts = self.search_paths >= 1 and min(self.rounds, self.activation_rounds, self.clip_rounds, self.searched_unknowns) >= 0
         if not self.ridges or not self.step_ratios or not positive or not counts:
             wanted = "positive ridges, step_ratios and search_paths and no negative count"
@@ -110,7 +113,8 @@ class Lattice(Solver):
             >>> Lattice.columns().rounds
             0
         """
-        return cls(ridges=(0.01,), step_ratios=(1.0,), shifted_ratios=(), rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0)
+        alone = cls(rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0)
+        return replace(alone, ridges=(0.01,), fine_ridges=(), step_ratios=(1.0,), shifted_ratios=())
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.
@@ -141,7 +145,8 @@ class Lattice(Solver):
 
     def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> LayerSolution:
         """Steps 1 to 4 for a fixed grid of the input."""
-        key = (problem.activation_grid, None if activation is None else (float(activation[0]), int(activation[1])), self.ridges)
+        step = None if activation is None else (float(activation[0]), int(activation[1]))
+        key = (problem.activation_grid, step, self.ridges, self._fine_ridges(problem))
         normal = problem.once("normal equations", key, lambda: self._normal_equations(problem, activation))
         _, hessian, optimum = normal
         grid, diagonal = problem.weight_grid, hessian.diagonal(dim1=1, dim2=2)
@@ -153,9 +158,14 @@ class Lattice(Solver):
         return self._descended(problem, normal, (scale, zero, levels), activation)
 
     def _normal_equations(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[Moments, Tensor, Tensor]:
-        """Moments, `H` and `w*` with the best ridge: all that does not depend on the grid of the weights."""
+        """Moments, `H` and `w*`: all that does not depend on the weights' grid, but for whether it is fine."""
         moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
-        return moments, *least_squares(moments, problem.weight, self._best_ridge(problem, moments, activation))
+        error = HeldOutError(problem, moments, activation)
+        ridge = best_ridge(error, self.ridges, self.weight_range)
+        return moments, *least_squares(moments, problem.weight, ridge, pull_of(error, ridge, self._fine_ridges(problem)))
+
+    def _fine_ridges(self, problem: LayerProblem) -> tuple[float, ...]:
+        return self.fine_ridges if problem.weight_grid.bits >= FINE_BITS else ()
 
     def _with_better_activation(self, problem: LayerProblem, best: LayerSolution) -> LayerSolution:
         """Step 5: search the input's step around the present one, then its zero-point, and adapt the codes; or `best` itself."""
@@ -232,32 +242,6 @@ class Lattice(Solver):
 
         return of_best(steps).view(scale.shape), of_best(zeros).view(zero.shape), of_best(levels)
 
-    def _best_ridge(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> float:
-        """The ridge whose codes have the least error on held-out rows: at 4 bits, by steps 1 and 2, for some of the output channels.
-
-        Real weights do not tell: they are the trained ones, or nearly, where the input stays in float32 or has 8 bits, whatever the ridge.
-        """
-        if len(self.ridges) == 1:
-            return self.ridges[0]
-        inputs = quantized_inputs(problem.held_out.inputs, activation, problem.activation_grid)
-        targets = problem.clip(problem.held_out.targets)
-        some = slice(None, None, -(-targets.shape[2] // JUDGED_OUTPUTS))
-        best, least = self.ridges[0], torch.inf
-        for ridge in self.ridges:
-            hessian, optimum = least_squares(moments, problem.weight, ridge)
-            weight = self._judged(optimum[:, some], hessian).double()
-            bias = moments.mean_y[:, some] - (weight @ moments.mean_x[..., None])[..., 0]
-            outputs = torch.baddbmm(bias.float()[:, None, :], inputs, weight.float().mT)
-            error = float((problem.clip(outputs) - targets[..., some]).square().sum())
-            best, least = (ridge, error) if error < least else (best, least)
-        return best
-
-    def _judged(self, optimum: Tensor, hessian: Tensor) -> Tensor:
-        """What a ridge is judged by: weights on the grid `JUDGED`, by steps 1 and 2 from one start."""
-        scale, zero = weight_step(optimum.float(), hessian.diagonal(dim1=1, dim2=2).float(), JUDGED, self.weight_range)
-        low, high = JUDGED.ends(zero[..., None])
-        return error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]
-
 
 def read_only(problem: LayerProblem, solution: LayerSolution) -> LayerProblem:
     """The same problem with targets that ask nothing of outputs that are clipped anyway.
@@ -297,25 +281,3 @@ def nearby_zero_points(activation: tuple[Tensor, Tensor], highest: int) -> list[
     """
     scale, zero = activation
     return [activation, (scale, zero - 1), (scale, zero + 1)] if 0 < int(zero) < highest else [activation]
-
-
-def least_squares(moments: Moments, weight: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """`H` with its ridge, and the real weights that minimise the objective, `w* = H^-1 (c + lambda d w)`.
-
-    Args:
-        moments: of the quantized inputs and the targets.
-        weight: trained weight, float32 (G, O, n).
-        ridge: `lambda`.
-
-    Returns:
-        `H`, float64 (G, n, n), per row; `w*`, float64 (G, O, n).
-    """
-    hessian = moments.xx / moments.count
-    mean_diagonal = hessian.diagonal(dim1=1, dim2=2).mean(dim=1)
-    floor = mean_diagonal.mean().clamp(min=1e-30)
-    # a group without any input keeps its weights
-    damping = ridge * torch.where(mean_diagonal > 1e-6 * floor, mean_diagonal, floor)[:, None]
-    hessian = hessian + torch.diag_embed(damping.expand(-1, hessian.shape[1]))
-    right = moments.xy / moments.count + damping[..., None] * weight.mT.double()
-    optimum = torch.cholesky_solve(right, torch.linalg.cholesky(hessian)).mT
-    return hessian, optimum
