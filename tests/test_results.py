@@ -48,6 +48,17 @@ def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyP
     assert benchmark("onnx_files", monkeypatch).table(rows("onnx")) in RESULTS
 
 
+@pytest.mark.parametrize("name", ["text", "embeddings"])
+def test_the_tables_of_text_encoders_are_those_of_their_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    assert benchmark("text", monkeypatch).table(rows(name)) in RESULTS
+
+
+def test_the_table_of_causal_models_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    assert benchmark("causal_lm", monkeypatch).table(rows("causal_lm")) in RESULTS
+
+
 def test_the_tables_of_the_recipes_are_those_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("recipes", monkeypatch)
     assert module.recipes_table(rows("recipes")) in RESULTS

@@ -60,7 +60,7 @@ def test_a_vision_transformer_keeps_its_accuracy(
 
 
 @pytest.mark.filterwarnings("ignore:the file is not faster")  # so small a model need not be
-def test_the_file_of_a_vision_transformer_runs_in_int8(vit: nn.Module, digits: tuple[Tensor, Tensor, Tensor, Tensor], tmp_path: Path) -> None:
+def test_its_file_runs_in_int8(vit: nn.Module, digits: tuple[Tensor, Tensor, Tensor, Tensor], tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     result = subbyte.quantize(vit, digits[0][:128], widths=subbyte.Widths(4, 8))
