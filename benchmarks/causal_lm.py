@@ -15,6 +15,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
         recipes = {
             "subbyte": subbyte.Recipe(weight_group=group),
             "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
-            "rounding": subbyte.rounding(weight_group=group),
+            "rounding": replace(subbyte.rounding(), weight_group=group),
         }
         row: dict[str, Any] = {"model": kind, "bits": bits, "group": group, "float": round(reference, 4)}
         for name, recipe in recipes.items():
