@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from subbyte import Recipe
+from subbyte import Lattice, Recipe
 from subbyte.allocate.sensitivity import LayerOptions
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept
@@ -62,7 +62,10 @@ def case(model: nn.Module, samples: Tensor) -> Case:
     found, _ = survey(model, data.batches)
     options = {layer.name: OPTIONS for layer in found.layers}
     models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, Grid(8, symmetric=True))
-    solved = reconstruct(models, options, data, Recipe().method, Kept(Bank(), "test"), ignore)
+    # With fine ridges, the changes that 8-bit codes make are less linear: Fisher then gives up to 1.16 times what is measured, and 1.5 times for
+    # a layer that is called twice.
+    method = Recipe(solver=Lattice(fine_ridges=())).method
+    solved = reconstruct(models, options, data, method, Kept(Bank(), "test"), ignore)
     layers = [
         LayerOptions(item, {o: state_of(at_option(item, o), judged.solution) for o, judged in solved[item.layer.name].items()})
         for item in models.layers

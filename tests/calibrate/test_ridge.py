@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.moments import moments_of
 from subbyte.calibrate.problem import LayerProblem, Rows, relative_error
-from subbyte.calibrate.ridge import HeldOutError, least_squares, pull_of
+from subbyte.calibrate.ridge import HeldOutObjective, least_squares, pull_of
 from subbyte.quantizers.grid import Grid
 
 MakeProblem = Callable[..., LayerProblem]
@@ -100,6 +100,6 @@ def test_a_pull_is_taken_only_where_it_costs_the_layer_hardly_anything(make_prob
     else:
         fit = problem.fit
         problem = replace(problem, fit=Rows(fit.inputs, fit.targets + torch.randn(fit.targets.shape) / 10))
-    error = HeldOutError(problem, moments_of(problem.fit.inputs, problem.fit.targets), None)
-    assert pull_of(error, 0.03, (30.0, 3.0)) == (0.03 if shrunk else 30.0)
-    assert pull_of(error, 40.0, (30.0, 3.0)) == 40.0
+    objective = HeldOutObjective(problem, moments_of(problem.fit.inputs, problem.fit.targets), None)
+    assert pull_of(objective, 0.03, (30.0, 3.0)) == (0.03 if shrunk else 30.0)
+    assert pull_of(objective, 40.0, (30.0, 3.0)) == 40.0

@@ -33,7 +33,7 @@ from torch import Tensor
 from subbyte.calibrate.closest_point import closed_form_step, coordinate_descent, error_feedback, tree_search
 from subbyte.calibrate.moments import Moments, moments_of
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver, quantized_inputs, relative_error
-from subbyte.calibrate.ridge import HeldOutError, best_ridge, least_squares, pull_of
+from subbyte.calibrate.ridge import HeldOutObjective, best_ridge, least_squares, pull_of
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.steps import least_output_error, starting_activation, weight_step
 from subbyte.errors import OptionError
@@ -146,8 +146,9 @@ class Lattice(Solver):
     def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> LayerSolution:
         """Steps 1 to 4 for a fixed grid of the input."""
         step = None if activation is None else (float(activation[0]), int(activation[1]))
-        key = (problem.activation_grid, step, self.ridges, self._fine_ridges(problem))
-        normal = problem.once("normal equations", key, lambda: self._normal_equations(problem, activation))
+        key = (problem.activation_grid, step, self.ridges)
+        ridge = problem.once("ridge", key, lambda: self._ridge(problem, activation))
+        normal = problem.once("normal equations", (*key, self._fine_ridges(problem)), lambda: self._normal_equations(problem, *ridge))
         _, hessian, optimum = normal
         grid, diagonal = problem.weight_grid, hessian.diagonal(dim1=1, dim2=2)
         scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
@@ -157,12 +158,16 @@ class Lattice(Solver):
         scale, zero, levels = (torch.cat(values, dim=1) for values in zip(*starts, strict=True))
         return self._descended(problem, normal, (scale, zero, levels), activation)
 
-    def _normal_equations(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[Moments, Tensor, Tensor]:
-        """Moments, `H` and `w*`: all that does not depend on the weights' grid, but for whether it is fine."""
+    def _ridge(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> tuple[HeldOutObjective, float]:
+        """Moments with what judges weights, and the ridge of `H`: nothing here depends on the grid of the weights."""
         moments = moments_of(quantized_inputs(problem.fit.inputs, activation, problem.activation_grid), problem.fit.targets)
-        error = HeldOutError(problem, moments, activation)
-        ridge = best_ridge(error, self.ridges, self.weight_range)
-        return moments, *least_squares(moments, problem.weight, ridge, pull_of(error, ridge, self._fine_ridges(problem)))
+        objective = HeldOutObjective(problem, moments, activation)
+        return objective, best_ridge(objective, self.ridges, self.weight_range)
+
+    def _normal_equations(self, problem: LayerProblem, objective: HeldOutObjective, ridge: float) -> tuple[Moments, Tensor, Tensor]:
+        """Moments, `H` and `w*`: of the weights' grid it only matters whether it is fine."""
+        pull = pull_of(objective, ridge, self._fine_ridges(problem))
+        return objective.moments, *least_squares(objective.moments, problem.weight, ridge, pull)
 
     def _fine_ridges(self, problem: LayerProblem) -> tuple[float, ...]:
         return self.fine_ridges if problem.weight_grid.bits >= FINE_BITS else ()
@@ -183,7 +188,7 @@ class Lattice(Solver):
     def _from(self, start: LayerSolution, problem: LayerProblem) -> LayerSolution:
         """Steps 3 and 4 from the codes and the input's grid of an earlier solution."""
         levels = (start.codes - start.per_weight(start.zero_point)).float()
-        normal = self._normal_equations(problem, start.activation)
+        normal = self._normal_equations(problem, *self._ridge(problem, start.activation))
         return self._descended(problem, normal, (start.scale, start.zero_point, levels), start.activation)
 
     def _descended(

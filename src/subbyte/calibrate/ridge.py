@@ -8,7 +8,7 @@ tell: they are the trained ones, or nearly, where the input stays in float32 or 
 Where codes are fine, `w*` takes a larger ridge than `H` (`pull_of`): the codes leave little to correct, and least squares would rather
 shrink weights against the rounding noise of its inputs. That lowers the error of the layer by a percent or so and raises that of the
 network by a tenth or more (`studies/fine_ridge.py`). What has to be corrected, such as inputs that coarser layers before have shrunk,
-shows in the error.
+shows in the objective.
 """
 
 from __future__ import annotations
@@ -30,13 +30,16 @@ JUDGED_OUTPUTS = 48  # output channels by which it is chosen, at most
 PRICE_OF_PULL = 1.02  # held-out error with a larger ridge of `w*`, at most, as a multiple of that without
 
 
-class HeldOutError:
+class HeldOutObjective:
     """The objective of weights on held-out rows, for some of the output channels and with the bias that suits the weights.
 
     Args:
         problem: the layer.
         moments: of its quantized inputs and its targets.
-        activation: grid of the input, `(s_x, z_x)`, float32 () and int32 (), or None.
+        activation: step and zero-point of the input, `(s_x, z_x)`, float32 () and int32 (), or None.
+
+    Attributes:
+        some: the output channels that are judged.
     """
 
     def __init__(self, problem: LayerProblem, moments: Moments, activation: tuple[Tensor, Tensor] | None) -> None:
@@ -46,21 +49,21 @@ class HeldOutError:
         self._targets = problem.clip(problem.held_out.targets)[..., self.some]
 
     def __call__(self, weight: Tensor) -> float:
-        """The error of some output channels, `self.some`.
+        """Sum of squared errors of the outputs `some`, as clipped.
 
         Args:
-            weight: float64 (G, some, n).
+            weight: of these outputs, float64 (G, some, n).
         """
         bias = self.moments.mean_y[:, self.some] - (weight @ self.moments.mean_x[..., None])[..., 0]
         outputs = torch.baddbmm(bias.float()[:, None, :], self._inputs, weight.float().mT)
         return float((self.problem.clip(outputs) - self._targets).square().sum())
 
 
-def best_ridge(error: HeldOutError, ridges: Sequence[float], interval: Range) -> float:
+def best_ridge(objective: HeldOutObjective, ridges: Sequence[float], interval: Range) -> float:
     """The ridge of `H` whose codes have the least error, at 4 bits, by error feedback from one step.
 
     Args:
-        error: of the layer.
+        objective: of the layer.
         ridges: candidates for `lambda`.
         interval: what the step of the codes is chosen among.
     """
@@ -68,20 +71,20 @@ def best_ridge(error: HeldOutError, ridges: Sequence[float], interval: Range) ->
         return ridges[0]
 
     def of_codes(ridge: float) -> float:
-        hessian, optimum = least_squares(error.moments, error.problem.weight, ridge)
-        optimum = optimum[:, error.some]
+        hessian, optimum = least_squares(objective.moments, objective.problem.weight, ridge)
+        optimum = optimum[:, objective.some]
         scale, zero = weight_step(optimum.float(), hessian.diagonal(dim1=1, dim2=2).float(), JUDGED, interval)
         low, high = JUDGED.ends(zero[..., None])
-        return error((error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]).double())
+        return objective((error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]).double())
 
     return min(ridges, key=of_codes)
 
 
-def pull_of(error: HeldOutError, ridge: float, candidates: Sequence[float]) -> float:
+def pull_of(objective: HeldOutObjective, ridge: float, candidates: Sequence[float]) -> float:
     """The ridge of `w*`: the first candidate whose real weights do nearly as well as those with the ridge of `H`, or that itself.
 
     Args:
-        error: of the layer.
+        objective: of the layer.
         ridge: `lambda` of `H`.
         candidates: for the `lambda` of `w*`, the largest first.
 
@@ -93,7 +96,7 @@ def pull_of(error: HeldOutError, ridge: float, candidates: Sequence[float]) -> f
         return ridge
 
     def of_real(pull: float) -> float:
-        return error(least_squares(error.moments, error.problem.weight, pull)[1][:, error.some])
+        return objective(least_squares(objective.moments, objective.problem.weight, pull)[1][:, objective.some])
 
     limit = PRICE_OF_PULL * of_real(ridge)
     return next((pull for pull in larger if of_real(pull) <= limit), ridge)
