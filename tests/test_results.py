@@ -59,6 +59,14 @@ def test_the_table_of_causal_models_is_that_of_its_rows(monkeypatch: pytest.Monk
     assert benchmark("causal_lm", monkeypatch).table(rows("causal_lm")) in RESULTS
 
 
+def test_the_figures_of_the_encoders_file_are_those_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    row = json.loads((ROOT / "docs" / "results" / "encoder_onnx.json").read_text(encoding="utf-8"))
+    assert benchmark("encoder_onnx", monkeypatch).table(row).split("\n\n")[1] in RESULTS
+    assert f"{row['int8']} of {row['layers']} layers in int8, {row['bytes']:,} bytes" in RESULTS
+    assert f"simulation {row['agreement']:.2f} %, top-1 {row['accuracy']:.2f} %" in RESULTS
+
+
 def test_the_tables_of_the_recipes_are_those_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("recipes", monkeypatch)
     assert module.recipes_table(rows("recipes")) in RESULTS
