@@ -62,8 +62,8 @@ def case(model: nn.Module, samples: Tensor) -> Case:
     found, _ = survey(model, data.batches)
     options = {layer.name: OPTIONS for layer in found.layers}
     models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, Grid(8, symmetric=True))
-    # With fine ridges what 8-bit codes change has other effects of higher order: Fisher then gives up to 1.16 times what is measured, and 1.5
-    # times for a layer that is called twice.
+    # With fine ridges what 8-bit codes change has other effects of higher order: Fisher then gives up to 1.16 times what is measured,
+    # and 1.5 times for a layer that is called twice.
     method = Recipe(solver=Lattice(fine_ridges=())).method
     solved = reconstruct(models, options, data, method, Kept(Bank(), "test"), ignore)
     layers = [
