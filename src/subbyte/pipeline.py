@@ -18,6 +18,7 @@ from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
 from subbyte.model.attention import add_products_
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
+from subbyte.model.equalize import equalize_, scaled_norms
 from subbyte.model.fold import fold_batch_norms_, norm_outputs
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
@@ -26,7 +27,7 @@ from subbyte.recipes import Recipe
 from subbyte.result import Result, layer_report, still_float, warnings_for
 from subbyte.run.bank import Bank
 from subbyte.run.events import Observer, Warned, ignore
-from subbyte.widths import Widths
+from subbyte.widths import Widths, as_rows, quantizes_inputs
 
 
 @torch.inference_mode(mode=False)  # what is made here may meet a backward pass
@@ -78,17 +79,20 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     check_model(model)
     batches = as_batches(data)
     found, output = survey(model, batches, chosen.include, chosen.exclude)
-    chosen.of([layer.name for layer in found.layers])
+    options = as_rows(chosen.of([layer.name for layer in found.layers]))
     check_output(output)
 
     original = _float_model(model, recipe, batches[0])
     folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
+    equalization = recipe.equalization if quantizes_inputs(options) else None
+    equalized = () if equalization is None else equalize_(original, found.multiplying, batches, options, equalization)
+    norms = scaled_norms(norm_outputs(model, folds), equalized)
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
     calibration = CalibrationSet.drawn(batches, share, seed)
     kept = Kept(Bank() if bank is None else bank, run_digest(original, calibration, recipe.method, LIBRARY_VERSION))
     judge = Judge.of(original, calibration, recipe.loss)
     clips = find_clips(original, found.multiplying, probes(batches)) if recipe.behind_clips else {}
-    assembler = Assembler(original, found.layers, clips, norm_outputs(model, folds), calibration, recipe, kept, judge, observer)
+    assembler = Assembler(original, found.layers, clips, norms, calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
     judged, measured = assembled.judged, assembled.measured
     warnings = warnings_for(found, judged, measured, plan)
@@ -99,6 +103,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         layers=tuple(layer_report(item, judged[item.layer.name], measured, found.shared) for item in assembled.models.layers),
         left_out=still_float(found, folds),
         folds=folds,
+        equalized=equalized,
         measured=measured,
         refinements=assembled.refinements,
         warnings=warnings,

@@ -15,6 +15,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
+from subbyte.model.equalize import Equalization
 from subbyte.quantizers.grid import MAX_BITS, Grid
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
@@ -37,6 +38,8 @@ class Recipe:
         attention_bits: of the factors of attention products (query, key, softmax output, value), 2 to 8, in models of the transformers
             library; None leaves them in float32.
         fold_batch_norms: whether batch norms are folded into the layers before them, where outputs prove it right.
+        equalization: how channels that share a step are scaled alike, where outputs prove that nothing else changes; None: not at all. Only
+            inputs that are quantized call for it.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
         choices: the options of every layer, where a budget chooses the widths and has none of its own.
@@ -60,6 +63,7 @@ class Recipe:
     behind_clips: bool = True
     attention_bits: int | None = None
     fold_batch_norms: bool = True
+    equalization: Equalization | None = Equalization()
     loss: OutputLoss = RelativeSquaredError()
     choices: Choices = Choices()
     sensitivity: SensitivityMethod = Fisher()

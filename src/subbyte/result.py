@@ -22,6 +22,7 @@ from subbyte.export.packed import pack_model, to_bytes
 from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.attention import products_of
+from subbyte.model.equalize import Equalized
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, LeftOut, Survey
 from subbyte.plan import Plan
@@ -81,6 +82,7 @@ class Result:
         layers: what became of each layer, in running order.
         left_out: what stays in float32, and why.
         folds: batch norms that were folded.
+        equalized: modules whose channels were scaled, and the layers that undo it.
         measured: losses on held-out samples, before refinements.
         refinements: what followed, and what it did to the loss.
         warnings: what the user should know.
@@ -106,6 +108,7 @@ class Result:
     layers: tuple[LayerReport, ...]
     left_out: tuple[LeftOut, ...]
     folds: tuple[Fold, ...]
+    equalized: tuple[Equalized, ...]
     measured: Measured
     refinements: tuple[RefinementReport, ...]
     warnings: tuple[str, ...]
@@ -248,6 +251,8 @@ def receipt(result: Result) -> str:
         lines.append(f"attention products at {product_bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
+    if result.equalized:
+        lines.append(f"channels equalized: {len(result.equalized)} ({', '.join(one.source for one in result.equalized)})")
     size, measured = result.size_bytes, result.measured
     lines.append(f"float32: {result.float_bytes:,} bytes; packed file: {size:,} bytes ({result.float_bytes / size:.2f} times smaller)")
     judged = f"{measured.held_out_samples} held-out of {measured.samples} samples" if measured.held_out_samples else "its one sample"

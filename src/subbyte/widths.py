@@ -97,6 +97,35 @@ def as_option(option: int | Option) -> Option:
     return option if isinstance(option, tuple) else (option, option)
 
 
+def as_rows(options: Mapping[str, Option | Sequence[Option]]) -> dict[str, tuple[Option, ...]]:
+    """The options of every layer, also where each has one.
+
+    Args:
+        options: one or several, by layer name.
+
+    Example:
+        >>> as_rows({"conv": (4, None), "fc": ((4, 8), (8, 8))})
+        {'conv': ((4, None),), 'fc': ((4, 8), (8, 8))}
+    """
+    found: dict[str, tuple[Option, ...]] = {}
+    for name, row in options.items():
+        found[name] = tuple(row) if isinstance(row[0], tuple) else (row,)  # type: ignore[arg-type,assignment]
+    return found
+
+
+def quantizes_inputs(options: Mapping[str, Sequence[Option]]) -> bool:
+    """Whether any layer's input may be quantized.
+
+    Args:
+        options: of every layer, by name.
+
+    Example:
+        >>> quantizes_inputs({"conv": [(4, None)]}), quantizes_inputs({"conv": [(4, 8)]})
+        (False, True)
+    """
+    return any(bits is not None for row in options.values() for _, bits in row)
+
+
 def for_tables(options: Mapping[str, Sequence[Option]], tables: Collection[str]) -> dict[str, tuple[Option, ...]]:
     """The same options, without bits for an input that is only looked up by.
 

@@ -171,6 +171,18 @@ class Convolution(Operator):
             return values.reshape(-1, 1, *ones)
         return values.view(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, dim=0).reshape(*weight.shape[:2], *ones)
 
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """See `Operator`.
+
+        Args:
+            values: (C_in,).
+            weight: (C_out, C_in/G, ...) or, transposed, (C_in, C_out/G, ...).
+        """
+        ones = (1,) * self.dimensions
+        if self.transposed:
+            return values.reshape(-1, 1, *ones)
+        return values.view(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, dim=0).reshape(*weight.shape[:2], *ones)
+
     def _output_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output."""
         outputs = []

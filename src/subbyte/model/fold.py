@@ -104,19 +104,19 @@ def fold_batch_norms_(model: nn.Module, layers: Sequence[Layer], batches: Sequen
         >>> net[1]
         Identity()
     """
-    before = _outputs_of_those_that_run(model, probes(batches)) or _outputs_of_those_that_run(model, batches[:1])
+    before = outputs_of_those_that_run(model, probes(batches)) or outputs_of_those_that_run(model, batches[:1])
     folds = _readers(model, layers, before[0][0]) if before else []
     undo = [_apply_(model, fold) for fold in folds]
-    if _same(model, before):
+    if same_outputs(model, before):
         return tuple(folds)
     for step in reversed(undo):
         step.back_(model)
-    if not _same(model, before):
+    if not same_outputs(model, before):
         raise ModelError("the model returns something else each time it runs on the same batch; switch dropout and other randomness off")
     kept = []
     for fold in folds:  # one of them is wrong: try each alone
         step = _apply_(model, fold)
-        if _same(model, before):
+        if same_outputs(model, before):
             kept.append(fold)
         else:
             step.back_(model)
@@ -188,8 +188,13 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     return undo
 
 
-def _outputs_of_those_that_run(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, list[Tensor]]]:
-    """Batches and the model's outputs. One that the unchanged model does not accept proves nothing: the calibration pass will report it."""
+def outputs_of_those_that_run(model: nn.Module, batches: Sequence[Batch]) -> list[tuple[Batch, list[Tensor]]]:
+    """Batches and the model's outputs. One that the unchanged model does not accept proves nothing: the calibration pass will report it.
+
+    Args:
+        model: any module.
+        batches: see `batches.as_batches`.
+    """
     found = []
     for batch in batches:
         with contextlib.suppress(Exception):
@@ -202,8 +207,13 @@ def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
         return list(tensors(call(model, batch)))
 
 
-def _same(model: nn.Module, before: Sequence[tuple[Batch, list[Tensor]]]) -> bool:
-    """Whether the model still returns what it did, up to float32 rounding."""
+def same_outputs(model: nn.Module, before: Sequence[tuple[Batch, list[Tensor]]]) -> bool:
+    """Whether the model still returns what it did, up to float32 rounding.
+
+    Args:
+        model: any module.
+        before: batches and what it returned for them, tensors of any shape.
+    """
     for batch, expected in before:
         try:
             now = _outputs(model, batch)

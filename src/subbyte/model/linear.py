@@ -90,6 +90,15 @@ class Linear(Operator):
         """
         return values if self.transposed else values[:, None]
 
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """See `Operator`.
+
+        Args:
+            values: (n,).
+            weight: (C_out, n), or (n, C_out).
+        """
+        return values[:, None] if self.transposed else values
+
 
 @dataclass(frozen=True)
 class Lookup(Operator):
@@ -171,3 +180,15 @@ class Lookup(Operator):
             weight: (O, n).
         """
         return values[:, None]
+
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """There are no input channels.
+
+        Args:
+            values: (C_in,).
+            weight: (O, n).
+
+        Raises:
+            TypeError: always; ask `multiplies` first.
+        """
+        raise TypeError("a table is looked up in; it has no input channels")

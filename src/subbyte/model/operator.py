@@ -101,3 +101,12 @@ class Operator(ABC):
             values: any dtype, (C_out,) with C_out = G * O.
             weight: any dtype, the layer's weight shape.
         """
+
+    @abstractmethod
+    def per_input(self, values: Tensor, weight: Tensor) -> Tensor:
+        """One number for each input channel, laid out so that it broadcasts against the weight.
+
+        Args:
+            values: any dtype, (C_in,).
+            weight: any dtype, the layer's weight shape.
+        """

@@ -1,0 +1,122 @@
+"""Ranges and second moments of channels, and the noise of rounding that they predict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.model.batches import Batch, call
+from subbyte.model.channel_flow import Flow, channels_first, removed
+from subbyte.model.layers import Layer
+from subbyte.model.operators import Linear
+from subbyte.model.padding import real_positions, without_padding
+
+POWER = 8  # of the mean that stands for a channel's range: near the largest value, and no single one decides
+
+
+class ChannelRanges:
+    """Per channel over all batches: mean powers and the largest of readers' inputs, and the largest of sources' outputs.
+
+    Args:
+        model: float model in evaluation mode.
+        flows: sources and readers.
+        layers: by name, all of the readers and those sources that are layers.
+
+    Attributes:
+        outputs: by the name of a source that is a layer, its largest outputs, float32 (C,).
+    """
+
+    def __init__(self, model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer]) -> None:
+        self.model, self.layers = model, layers
+        self.reading = list(dict.fromkeys(name for flow in flows for name in flow.readers))
+        self.giving = [flow.source for flow in flows if flow.source in layers]
+        self.sums: dict[str, Tensor] = {}
+        self.squares: dict[str, Tensor] = {}
+        self.largest: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.outputs: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch) -> None:
+        """One batch; padding is left out.
+
+        Args:
+            batch: see `batches.as_batches`.
+        """
+        real = real_positions(batch)
+
+        def enter(name: str):  # type: ignore[no-untyped-def]
+            def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+                (x,) = (*args, *kwargs.values())
+                rows = channels_first(self._read(x, name, real), self.layers[name])
+                high = rows.abs().amax().clamp(min=1e-30)
+                power = (rows / high).pow(POWER).sum(1, dtype=torch.float64) * high.double() ** POWER
+                self.sums[name] = self.sums.get(name, torch.zeros_like(power)) + power
+                self.squares[name] = self.squares.get(name, torch.zeros_like(power)) + rows.square().sum(1, dtype=torch.float64)
+                self.counts[name] = self.counts.get(name, 0) + rows.shape[1]
+                self.largest[name] = _larger(self.largest.get(name), rows.amax(1))
+
+            return hook
+
+        def leave(name: str):  # type: ignore[no-untyped-def]
+            def hook(module: nn.Module, args: object, output: Tensor) -> None:
+                rows = channels_first(self._read(output, name, real), self.layers[name])
+                self.outputs[name] = _larger(self.outputs.get(name), rows.amax(1))
+
+            return hook
+
+        modules = self.model.get_submodule
+        handles = [modules(name).register_forward_pre_hook(enter(name), with_kwargs=True) for name in self.reading]
+        handles += [modules(name).register_forward_hook(leave(name)) for name in self.giving]
+        try:
+            call(self.model, batch)
+        finally:
+            removed(handles)
+
+    def _read(self, x: Tensor, name: str, real: Tensor | None) -> Tensor:
+        return without_padding(x, real) if isinstance(self.layers[name].operator, Linear) else x
+
+    def power(self, name: str) -> Tensor:
+        """Root of the mean power of a reader's inputs, float64 (C_in,).
+
+        Args:
+            name: of the reader.
+        """
+        return (self.sums[name] / self.counts[name]).pow(1 / POWER)
+
+    def noises(self, name: str, factors: Tensor) -> tuple[float, float]:
+        """Squares that rounding a reader's weights and its inputs with a single step over the range adds to its outputs.
+
+        Args:
+            name: of the reader.
+            factors: of its inputs, undone by its weights, float64 (C_in,).
+        """
+        module, operator = self.model.get_submodule(name), self.layers[name].operator
+        assert isinstance(module.weight, Tensor)
+        weight = module.weight.double()
+        scaled = operator.to_matrix(weight / operator.per_input(factors, weight))  # (G, O, n)
+        energy = factors.square() * self.squares[name] / self.counts[name]
+        energies = operator.to_matrix(operator.per_input(energy, weight).expand_as(weight))
+        weights = (2 * scaled.abs().amax(2)).square() * energies.sum(2)
+        return float(weights.sum()), float((self.power(name) * factors).amax().square() * scaled.square().sum())
+
+    def inputs(self, flow: Flow) -> tuple[Tensor, Tensor]:
+        """Of a source's channels where they are read: root of the mean power, float64 (C,), and the largest value, float32 (C,).
+
+        Args:
+            flow: the source.
+        """
+        device = next(iter(flow.readers.values())).device
+        power = torch.zeros(flow.channels, dtype=torch.float64, device=device)
+        largest = torch.full((flow.channels,), -math.inf, device=device)
+        for name, channel in flow.readers.items():
+            read = channel >= 0
+            power.scatter_reduce_(0, channel[read], self.power(name)[read], "amax")
+            largest.scatter_reduce_(0, channel[read], self.largest[name][read], "amax")
+        return power, largest
+
+
+def _larger(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else torch.maximum(one, other)

@@ -1,0 +1,211 @@
+"""Equalize channels between layers: scale a channel up where it leaves one module, and down where the layers behind read it.
+
+Channels that share a step should fill their grid alike; as they are trained, some use a fiftieth of it. Between a module with one gain for
+each channel (a layer, or a norm with weight and bias) and the layers that read what it gives, a factor `k > 0` for each channel
+
+    source:  W_c' = k_c W_c,  b_c' = k_c b_c             reader:  W'[:, c] = W[:, c] / k_c
+
+changes nothing that the model computes, if all that lies between passes positive factors on: ReLU, pooling, concatenation, attention to
+values. A ReLU6 passes them on below its bound, so that `k_c` goes up to where the channel's largest output meets it.
+
+Who reads a source is found by running (`channel_flow`). The finished change is proved by comparing outputs, as that of `fold` is, and
+undone where they differ.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subbyte.errors import OptionError
+from subbyte.model.batches import Batch, probes
+from subbyte.model.channel_flow import EXACT, Flow, find_flows, scale_source_
+from subbyte.model.channel_ranges import ChannelRanges
+from subbyte.model.fold import NormOutput, outputs_of_those_that_run, same_outputs
+from subbyte.model.layers import Layer
+from subbyte.model.operators import Convolution
+from subbyte.widths import Option
+
+
+@dataclass(frozen=True)
+class Equalization:
+    """How channels are scaled.
+
+    Args:
+        strengths: 0 to 1, powers of the ratio of ranges that a channel's factor may be, where readers mix channels: what their inputs gain
+            in evenness, their weights may lose. The one with the least noise of rounding, predicted from ranges and second moments at the
+            readers' widths, is taken. Where a reader has a step of its own for each channel's weights, as a depthwise convolution,
+            nothing is lost, and the power is 1.
+        most: ratio of the largest factor of a source to the smallest, at most.
+
+    Raises:
+        OptionError: if a value is outside its range.
+
+    Source:
+        Nagel et al. 2019 (arXiv 1906.04721), section 4.1; Xiao et al. 2022, SmoothQuant (arXiv 2211.10438), section 4. There by layer
+        types and names, here by data flow, with ReLU6 left in place.
+
+    Example:
+        >>> Equalization(strengths=(0.0, 0.5)).most
+        50.0
+    """
+
+    strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
+    most: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.strengths or not all(0 <= strength <= 1 for strength in self.strengths) or not self.most >= 1:
+            raise OptionError(f"Equalization needs strengths from 0 to 1 and a ratio of at least 1, not {self}")
+
+
+@dataclass(frozen=True, eq=False)
+class Equalized:
+    """A module whose channels were scaled.
+
+    Args:
+        source: its qualified name.
+        readers: names of the layers that undo it.
+        factors: float32 (C,), positive.
+    """
+
+    source: str
+    readers: tuple[str, ...]
+    factors: Tensor
+
+
+@torch.no_grad()
+def equalize_(
+    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], options: Mapping[str, Sequence[Option]], settings: Equalization
+) -> tuple[Equalized, ...]:
+    """Equalize channels wherever that changes nothing the model computes.
+
+    Args:
+        model: float model in evaluation mode, batch norms folded; is changed in place.
+        layers: its layers that multiply, from `layers.survey`.
+        batches: calibration set, see `batches.as_batches`; ranges are taken from all of it.
+        options: widths that each layer may have, by name.
+        settings: how.
+
+    Returns:
+        What was scaled.
+
+    Example:
+        >>> from subbyte.model.layers import survey
+        >>> net, x = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).eval(), torch.randn(64, 2)
+        >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.01]])), net[0].bias.data.zero_()
+        >>> (done,) = equalize_(net, survey(net, [x])[0].layers, [x], {"0": [(4, 4)], "2": [(4, 4)]}, Equalization())
+        >>> done.source, done.readers, bool(done.factors[1] > 4)
+        ('0', ('2',), True)
+    """
+    usable = {layer.name: layer for layer in layers if layer.calls == 1 and not layer.tied_with and layer.shares is None}
+    before = outputs_of_those_that_run(model, probes(batches))
+    if not before:
+        return ()
+    flows = find_flows(model, usable, before[0][0])
+    found = _factors(_ranges(model, flows, usable, batches), flows, options, settings)
+    done = [one for one in found if float(one.factors.max()) > float(one.factors.min()) * (1 + EXACT)]
+    readers = {flow.source: flow.readers for flow in flows}
+    for one in done:
+        _scale_(model, usable, one, readers[one.source])
+    if same_outputs(model, before):
+        return tuple(done)
+    for one in done:
+        _scale_(model, usable, _inverse(one), readers[one.source])
+    kept = []
+    for one in done:  # one of them is wrong: try each alone
+        _scale_(model, usable, one, readers[one.source])
+        if same_outputs(model, before):
+            kept.append(one)
+        else:
+            _scale_(model, usable, _inverse(one), readers[one.source])
+    return tuple(kept)
+
+
+def scaled_norms(norms: Mapping[str, NormOutput], equalized: Sequence[Equalized]) -> dict[str, NormOutput]:
+    """What folded batch norms made of their layers' outputs, as these are now.
+
+    Args:
+        norms: by the layer's name, from `fold.norm_outputs`.
+        equalized: what was scaled since.
+    """
+    factors = {one.source: one.factors for one in equalized}
+    return {
+        name: NormOutput(norm.gamma * factors[name], norm.beta * factors[name], norm.epsilon) if name in factors else norm
+        for name, norm in norms.items()
+    }
+
+
+def _inverse(one: Equalized) -> Equalized:
+    return Equalized(one.source, one.readers, 1 / one.factors)
+
+
+def _scale_(model: nn.Module, layers: Mapping[str, Layer], one: Equalized, readers: Mapping[str, Tensor]) -> None:
+    scale_source_(model.get_submodule(one.source), layers.get(one.source), one.factors)
+    for name, channel in readers.items():
+        module = model.get_submodule(name)
+        factors = torch.where(channel >= 0, one.factors[channel.clamp(min=0)], 1.0)
+        assert isinstance(module.weight, Tensor)
+        module.weight = nn.Parameter(module.weight / layers[name].operator.per_input(factors, module.weight), requires_grad=False)
+
+
+def _factors(
+    seen: ChannelRanges, flows: Sequence[Flow], options: Mapping[str, Sequence[Option]], settings: Equalization
+) -> list[Equalized]:
+    """Factors of every source, from ranges over all batches."""
+    found = []
+    for flow in flows:
+        power, largest = seen.inputs(flow)
+        widest = max(float(seen.power(name).amax()) for name in flow.readers)  # of other sources too, where a reader joins several
+        ratio = widest / power.clamp(min=widest / settings.most if widest > 0 else 1.0)
+        alone = all(_has_own_steps(seen.layers[name], len(channel)) for name, channel in flow.readers.items())
+        top = seen.outputs.get(flow.source)
+        tried = [_below_bound(ratio.pow(strength), top, largest) for strength in ((1.0,) if alone else settings.strengths)]
+        best = min(range(len(tried)), key=[_noise(seen, flow, options, factors) for factors in tried].__getitem__)
+        found.append(Equalized(flow.source, tuple(flow.readers), tried[best].float()))
+    return found
+
+
+def _below_bound(factors: Tensor, top: Tensor | None, largest: Tensor) -> Tensor:
+    """Factors that bring no output above the bound of a ReLU6, if there is one.
+
+    Args:
+        factors: float64 (C,), at least 1.
+        top: the source's largest outputs, float32 (C,); None where it is no layer.
+        largest: the same where they are read.
+    """
+    if top is None or not bool(((top > largest * (1 + EXACT)) & (top > 0)).any()):
+        return factors
+    bound = largest.max()  # or a mean between, as by pooling: then this is more careful than needed
+    return torch.where(top > 0, torch.minimum(factors, (bound / top.clamp(min=1e-30)).clamp(min=1.0)), factors)
+
+
+def _noise(seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Option]], factors: Tensor) -> float:
+    """Predicted noise of rounding the readers' inputs and weights, over what it is without factors; mean of readers and options.
+
+    Rounding to steps `s` adds a variance of `s^2 / 12` to each input and each weight; the twelfth cancels.
+    """
+    shares = []
+    for name, channel in flow.readers.items():
+        mine = torch.where(channel >= 0, factors[channel.clamp(min=0)], 1.0)
+        plain, scaled = seen.noises(name, torch.ones_like(mine)), seen.noises(name, mine)
+        for weight_bits, activation_bits in options[name]:
+            weight_levels, levels = 2**weight_bits - 1, math.inf if activation_bits is None else 2**activation_bits - 1
+            before, after = (noises[0] / weight_levels**2 + noises[1] / levels**2 for noises in (plain, scaled))
+            shares.append(after / max(before, 1e-300))
+    return math.fsum(shares) / len(shares)
+
+
+def _ranges(model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer], batches: Sequence[Batch]) -> ChannelRanges:
+    seen = ChannelRanges(model, flows, layers)
+    for batch in batches:
+        seen.add(batch)
+    return seen
+
+
+def _has_own_steps(layer: Layer, inputs: int) -> bool:
+    """Whether no two input channels of a layer share a weight step: a depthwise convolution."""
+    return isinstance(layer.operator, Convolution) and layer.operator.groups == inputs
