@@ -32,7 +32,7 @@ from subbyte.tasks import TASKS, Task
 
 NETWORKS = ("resnet20", "resnet56", "mobilenet_v1", "squeezenet")
 AVERAGE_BITS = (4.0, 3.0)
-RECIPES = {"light": subbyte.light(), "advanced": subbyte.advanced(), "relaxed": subbyte.relaxed()}
+RECIPES = {"light": subbyte.light(), "advanced": subbyte.advanced(), "default": subbyte.default(), "relaxed": subbyte.relaxed()}
 Row = dict[str, Any]
 
 
@@ -118,7 +118,7 @@ def main() -> None:
                 row: Row = {"network": network, "budget_bits": bits, "recipe": name, "seed": seed, "samples": options.samples}
                 try:
                     row |= measure(task, images, bits, RECIPES[name], seed, bank) | {"forward_seconds": round(forward_seconds, 3)}
-                except subbyte.InfeasibleError as error:  # 4 and 8 bits cannot make 3 on average
+                except subbyte.InfeasibleError as error:  # few widths cannot make every average
                     print(f"{network}, {name}: {error}", flush=True)
                     continue
                 row |= {"alone": RECIPES[name].method not in solved, "threads": options.threads, "cores": os.cpu_count()}

@@ -13,7 +13,8 @@ import subbyte
 from subbyte import Budget, Choices, Recipe, Widths
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
-    make.__name__: make for make in (subbyte.light, subbyte.advanced, subbyte.relaxed, subbyte.weight_only, subbyte.rounding)
+    make.__name__: make
+    for make in (subbyte.default, subbyte.light, subbyte.advanced, subbyte.relaxed, subbyte.weight_only, subbyte.rounding)
 }
 WIDTHS = {name: Widths(3, None if name == "weight_only" else 3) for name in RECIPES}
 GRADIENTS = ("torch.Tensor.backward", "torch.autograd.backward", "torch.autograd.grad")
@@ -63,15 +64,22 @@ def test_every_step_lowers_the_held_out_loss_or_is_taken_back(name: str, network
 
 @pytest.mark.parametrize(
     ("name", "weight_bits", "inputs"),
-    [("light", range(2, 9), "same"), ("advanced", (4, 8), "same"), ("relaxed", range(2, 9), "same"), ("weight_only", range(2, 9), None)],
+    [
+        ("default", range(2, 9), 8),
+        ("rounding", range(2, 9), 8),
+        ("light", range(2, 9), 8),
+        ("advanced", (2, 3, 4, 8), 8),
+        ("relaxed", range(2, 9), "same"),
+        ("weight_only", range(2, 9), None),
+    ],
 )
 def test_a_recipe_says_among_which_widths_a_budget_chooses(
-    name: str, weight_bits: range | tuple[int, ...], inputs: str | None, network: nn.Module, data: Tensor
+    name: str, weight_bits: range | tuple[int, ...], inputs: int | str | None, network: nn.Module, data: Tensor
 ) -> None:
     result = subbyte.quantize(network, data, budget=Budget(average_bits=5.0), recipe=RECIPES[name]())
     assert result.plan is not None and result.plan.budget.choices == RECIPES[name]().choices
     for row in result.plan.market.options.values():
-        assert row == tuple((bits, bits if inputs == "same" else None) for bits in weight_bits)
+        assert row == tuple((bits, bits if inputs == "same" else inputs) for bits in weight_bits)
     assert all(result.allocation[layer] in row for layer, row in result.plan.market.options.items())
 
 

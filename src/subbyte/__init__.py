@@ -27,7 +27,7 @@ from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Targ
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
-from subbyte.recipes import Recipe, advanced, light, relaxed, rounding, weight_only
+from subbyte.recipes import Recipe, advanced, default, light, relaxed, rounding, weight_only
 from subbyte.result import Result
 from subbyte.run.bank import Bank
 from subbyte.tune.batch_norm import BatchNormTuning
@@ -86,6 +86,7 @@ __all__ = [
     "Timing",
     "Widths",
     "advanced",
+    "default",
     "light",
     "load",
     "load_pretrained",

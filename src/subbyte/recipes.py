@@ -42,7 +42,8 @@ class Recipe:
             inputs that are quantized call for it.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
-        choices: the options of every layer, where a budget chooses the widths and has none of its own.
+        choices: the options of every layer, where a budget chooses the widths and has none of its own. A file holds no inputs: narrower
+            ones than 8 bits would cost accuracy and save none of its bytes.
         sensitivity: measures what each layer does to the model at each option, where a budget chooses the widths.
         refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
 
@@ -65,7 +66,7 @@ class Recipe:
     fold_batch_norms: bool = True
     equalization: Equalization | None = Equalization()
     loss: OutputLoss = RelativeSquaredError()
-    choices: Choices = Choices()
+    choices: Choices = Choices(activation_bits=(8,))
     sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()
 
@@ -83,6 +84,17 @@ class Recipe:
     def method(self) -> Method:
         """The part of the recipe that solves layers."""
         return Method(self.solver, self.baseline, self.sampling, self.behind_clips)
+
+
+def default() -> Recipe:
+    """What `quantize` does without being asked: every layer solved by `Lattice` on what the quantized layers before it return; within a
+    budget, all widths from 2 to 8 bits for weights, and inputs of 8.
+
+    Example:
+        >>> default() == Recipe()
+        True
+    """
+    return Recipe()
 
 
 def rounding() -> Recipe:
@@ -109,30 +121,30 @@ def light() -> Recipe:
 
 
 def advanced() -> Recipe:
-    """Every layer solved at 4 and at 8 bits, widths by integer programme, layers solved anew at these, batch-norm and bias tuning.
+    """Every layer solved at 2, 3, 4 and 8 bits, widths by integer programme, layers solved anew at these, batch-norm and bias tuning.
 
     Source:
-        Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline"; the second solving, on what the quantized layers make of the data,
-        is ours.
+        Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline", which chooses between 4 and 8 bits, for weights and inputs alike: no
+        more than 3 bits on average cannot be made of these. The second solving, on what the quantized layers make of the data, is ours.
 
     Example:
-        >>> advanced().choices.weight_bits
-        (4, 8)
+        >>> advanced().choices.weight_bits, advanced().choices.activation_bits
+        ((2, 3, 4, 8), (8,))
     """
-    return replace(relaxed(), choices=Choices((4, 8)))
+    return replace(relaxed(), choices=Choices((2, 3, 4, 8), activation_bits=(8,)))
 
 
 def relaxed() -> Recipe:
-    """As `advanced`, with all widths from 2 to 8 bits to choose from.
+    """The paper's relaxed setting: all widths from 2 to 8 bits to choose from, a layer's input as wide as its weights.
 
     Source:
-        Hubara et al., arXiv 2006.10518, section 5.
+        Hubara et al., arXiv 2006.10518, section 5. Narrow inputs save operations, not bytes.
 
     Example:
         >>> relaxed().choices.weight_bits
         (2, 3, 4, 5, 6, 7, 8)
     """
-    return Recipe(refinements=(BatchNormTuning(), BiasTuning()))
+    return Recipe(choices=Choices(), refinements=(BatchNormTuning(), BiasTuning()))
 
 
 def weight_only() -> Recipe:

@@ -65,7 +65,7 @@ class Fisher(SensitivityMethod):
             generator: draws the probes.
 
         Raises:
-            LayerError: if a layer is called, and no gradient comes back to it.
+            LayerError: if a layer changes the output, and no gradient comes back to it.
             ModelError: if the model cannot be differentiated.
             OptionError: if the loss has no probe.
         """
@@ -79,11 +79,30 @@ class Fisher(SensitivityMethod):
                     _backward(scalar, again=draw + 1 < self.draws)
         changes = {layer.item.layer.name: torch.zeros(self.draws, len(layer.states), samples, dtype=torch.float64) for layer in layers}
         with torch.no_grad():
+            unread = _unread(model, batch, calls, output)
             while calls:
                 one = calls.pop()
+                if one.layer.item.layer.name in unread:
+                    continue
                 changes[one.layer.item.layer.name] += one.changes(samples)
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in output)
         return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+
+
+def _unread(model: nn.Module, batch: Batch, calls: Sequence[_Call], output: Sequence[Tensor]) -> set[str]:
+    """Names of the layers that get no gradient because the model's output does not depend on them: a pooler that nobody reads."""
+    layers = {one.layer.item.layer.name: one.layer for one in calls}
+    layers = {name: layer for name, layer in layers.items() if not any(one.gradients for one in calls if one.layer is layer)}
+    for name, layer in layers.items():
+        handle = layer.item.original.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+        try:
+            changed = read_outputs(call(model, batch), batch)
+        finally:
+            handle.remove()
+        if not all(torch.equal(a, b) for a, b in zip(output, changed, strict=True)):
+            message = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
+            raise LayerError(name, message)
+    return set(layers)
 
 
 def _backward(scalar: Tensor, *, again: bool) -> None:
@@ -107,9 +126,8 @@ class _Call:
         Where the layer's first dimension counts something else than samples, all of it is put to the first sample: draws for different
         samples are independent and have mean zero, so that the square of the sum is still right on average.
         """
-        if not self.gradients:
-            message = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
-            raise LayerError(self.layer.item.layer.name, message)
+        if not self.gradients:  # of several calls, one that nothing reads
+            return torch.zeros(1, 1, samples, dtype=torch.float64)
         gradients = torch.stack(self.gradients).flatten(2)  # (draws, N, numbers)
         plain = self.layer.float_output(self.x)
         found = []

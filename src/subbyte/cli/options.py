@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from subbyte import Flavour, Recipe, Widths, advanced, light, relaxed, rounding
+from subbyte import Flavour, Recipe, Widths, advanced, default, light, relaxed, rounding
 from subbyte.errors import FileError, OptionError
 from subbyte.tasks import ChannelOrder, Preprocessing
 from subbyte.widths import Option
@@ -99,7 +99,7 @@ class RecipeName(StrEnum):
     def recipe(self) -> Recipe:
         """The recipe."""
         makers: dict[RecipeName, Callable[[], Recipe]] = {
-            RecipeName.DEFAULT: Recipe,
+            RecipeName.DEFAULT: default,
             RecipeName.ROUNDING: rounding,
             RecipeName.LIGHT: light,
             RecipeName.ADVANCED: advanced,

@@ -106,7 +106,10 @@ def equalize_(
     if not before:
         return ()
     flows = find_flows(model, usable, before[0][0])
-    found = _factors(_ranges(model, flows, usable, batches), flows, options, settings)
+    seen = _ranges(model, flows, usable, batches) if flows else None
+    if seen is None:
+        return ()
+    found = _factors(seen, flows, options, settings)
     done = [one for one in found if float(one.factors.max()) > float(one.factors.min()) * (1 + EXACT)]
     readers = {flow.source: flow.readers for flow in flows}
     for one in done:
@@ -199,10 +202,14 @@ def _noise(seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Optio
     return math.fsum(shares) / len(shares)
 
 
-def _ranges(model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer], batches: Sequence[Batch]) -> ChannelRanges:
+def _ranges(model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer], batches: Sequence[Batch]) -> ChannelRanges | None:
+    """Ranges over all batches; None if the model does not accept one of them, which the calibration pass will report."""
     seen = ChannelRanges(model, flows, layers)
-    for batch in batches:
-        seen.add(batch)
+    try:
+        for batch in batches:
+            seen.add(batch)
+    except Exception:  # noqa: BLE001 - whatever the user's model raises
+        return None
     return seen
 
 
