@@ -23,6 +23,7 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "layers": subbyte.Recipe(),
     "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
+    "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
 }
 ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activation bits, samples, seeds
     ("resnet20", 4, 4, 256, 3),

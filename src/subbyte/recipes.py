@@ -121,7 +121,7 @@ def light() -> Recipe:
 
 
 def advanced() -> Recipe:
-    """Every layer solved at 2, 3, 4 and 8 bits, widths by integer programme, layers solved anew at these, batch-norm and bias tuning.
+    """Every layer solved at 2, 3, 4 and 8 bits, widths by integer programme, layers solved anew at these, then tuning of both kinds.
 
     Source:
         Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline", which chooses between 4 and 8 bits, for weights and inputs alike: no
