@@ -124,8 +124,8 @@ def advanced() -> Recipe:
     """Every layer solved at 2, 3, 4 and 8 bits, widths by integer programme, layers solved anew at these, then tuning of both kinds.
 
     Source:
-        Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline", which chooses between 4 and 8 bits, for weights and inputs alike: no
-        more than 3 bits on average cannot be made of these. The second solving, on what the quantized layers make of the data, is ours.
+        Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline", which chooses between 4 and 8 bits for weights and inputs alike; of
+        these nothing below 4 bits on average can be made. The second solving, on what the quantized layers make of the data, is ours.
 
     Example:
         >>> advanced().choices.weight_bits, advanced().choices.activation_bits

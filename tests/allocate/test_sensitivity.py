@@ -150,3 +150,26 @@ def test_infinite_negative_and_nan_entries_are_named() -> None:
             Sensitivity({"a": {(2, 2): 1.0}, "b": {(2, 2): number}}, "mine", "by hand")
     with pytest.raises(LayerError, match="'a'.*each of its options"):
         Sensitivity({"a": {(2, 2): math.inf}}, "mine", "by hand")
+
+
+class Unread(nn.Module):
+    """A layer that nothing reads, beside one that only a step function reads."""
+
+    def __init__(self, step: bool) -> None:
+        super().__init__()
+        self.body, self.pooler, self.step = nn.Linear(6, 6), nn.Linear(6, 6), step
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.body(x)
+        pooled = self.pooler(y)
+        return y + (pooled > 0).float() if self.step else y
+
+
+def test_a_layer_that_nothing_reads_costs_nothing_at_any_width() -> None:
+    found = table(case(Unread(step=False), torch.randn(40, 6)), Fisher(), RelativeSquaredError())
+    assert set(found.losses["pooler"].values()) == {0.0} and min(found.losses["body"].values()) > 0
+
+
+def test_a_layer_that_counts_and_gets_no_gradient_is_refused() -> None:
+    with pytest.raises(LayerError, match="use the sensitivity method Measured"):
+        table(case(Unread(step=True), torch.randn(40, 6)), Fisher(), RelativeSquaredError())
