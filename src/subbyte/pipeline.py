@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,16 @@ from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
 from subbyte.model.attention import add_products_
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
-from subbyte.model.equalize import equalize_, scaled_norms
-from subbyte.model.fold import fold_batch_norms_, norm_outputs
-from subbyte.model.layers import check_model, survey
+from subbyte.model.equalize import Equalized, equalize_, scaled_norms
+from subbyte.model.fold import Fold, fold_batch_norms_, norm_outputs
+from subbyte.model.layers import Survey, check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
 from subbyte.result import Result, layer_report, still_float, warnings_for
 from subbyte.run.bank import Bank
 from subbyte.run.events import Observer, Warned, ignore
-from subbyte.widths import Widths, as_rows, quantizes_inputs
+from subbyte.widths import Option, Widths, as_rows, quantizes_inputs
 
 
 @torch.inference_mode(mode=False)  # what is made here may meet a backward pass
@@ -82,10 +82,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     options = as_rows(chosen.of([layer.name for layer in found.layers]))
     check_output(output)
 
-    original = _float_model(model, recipe, batches[0])
-    folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
-    equalization = recipe.equalization if quantizes_inputs(options) else None
-    equalized = () if equalization is None else equalize_(original, found.multiplying, batches, options, equalization)
+    original, folds, equalized = _float_model(model, found, recipe, options, batches)
     norms = scaled_norms(norm_outputs(model, folds), equalized)
     share = max(recipe.sampling.held_out, budget.held_out if budget is not None and budget.degradations else 0.0)
     calibration = CalibrationSet.drawn(batches, share, seed)
@@ -95,9 +92,6 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     assembler = Assembler(original, found.layers, clips, norms, calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
     judged, measured = assembled.judged, assembled.measured
-    warnings = warnings_for(found, judged, measured, plan)
-    for text in warnings:
-        observer(Warned(text))
     return Result(
         model=assembled.models.quantized,
         layers=tuple(layer_report(item, judged[item.layer.name], measured, found.shared) for item in assembled.models.layers),
@@ -106,7 +100,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         equalized=equalized,
         measured=measured,
         refinements=assembled.refinements,
-        warnings=warnings,
+        warnings=_told(warnings_for(found, judged, measured, plan), observer),
         float_bytes=state_bytes(model),
         structure=structure_of(model),
         widths=asked if isinstance(asked, Widths) else None,
@@ -119,9 +113,20 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     )
 
 
-def _float_model(model: nn.Module, recipe: Recipe, batch: Batch) -> nn.Module:
-    """A copy of the float model, with room for everything that the recipe quantizes beside layers."""
+def _told(warnings: tuple[str, ...], observer: Observer) -> tuple[str, ...]:
+    for text in warnings:
+        observer(Warned(text))
+    return warnings
+
+
+def _float_model(
+    model: nn.Module, found: Survey, recipe: Recipe, options: Mapping[str, Sequence[Option]], batches: Sequence[Batch]
+) -> tuple[nn.Module, tuple[Fold, ...], tuple[Equalized, ...]]:
+    """A copy that computes the same, with room for everything that the recipe quantizes beside layers; what was folded and equalized."""
     original = copy_of(model)
     if recipe.attention_bits is not None:
-        add_products_(original, recipe.attention_bits, batch)
-    return original
+        add_products_(original, recipe.attention_bits, batches[0])
+    folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
+    if recipe.equalization is None or not quantizes_inputs(options):
+        return original, folds, ()
+    return original, folds, equalize_(original, found.multiplying, batches, options, recipe.equalization)

@@ -194,6 +194,9 @@ def outputs_of_those_that_run(model: nn.Module, batches: Sequence[Batch]) -> lis
     Args:
         model: any module.
         batches: see `batches.as_batches`.
+
+    Returns:
+        Batches, and all tensors that the model returned for each, of any shape.
     """
     found = []
     for batch in batches:
