@@ -4,7 +4,8 @@
     python benchmarks/allocation.py sensitivity resnet20                # rank correlation of Fisher with Measured, and their times
     python benchmarks/allocation.py limits digits                       # 20 random limits on KL: met? how near the smallest size?
 
-Widths are the paper's relaxed ones, 2 to 8 bits, the input as wide as the weights; no layer is pinned.
+Weights have 2 to 8 bits and no layer is pinned. Inputs have 8 bits, or with `--inputs same`, the paper's relaxed setting, as many as the
+layer's weights; sensitivities and limits are measured in that setting.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from scipy.stats import spearmanr
 
 import subbyte
-from subbyte import Bank, Budget, Fisher, KLDivergence, Measured, Recipe, RelativeSquaredError, Widths
+from subbyte import Bank, Budget, Choices, Fisher, KLDivergence, Measured, Recipe, RelativeSquaredError, Widths
 from subbyte.allocate.allocation import Market
 from subbyte.allocate.sensitivity import STAGE
 from subbyte.run.events import Event, StageFinished
@@ -34,13 +35,15 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--bits", default="4,3,2.5")
     parser.add_argument("--size", type=float, help="accuracy: this share of the float bytes in place of --bits")
+    parser.add_argument("--inputs", choices=("8", "same"), default="8", help="accuracy: bits of inputs")
     parser.add_argument("--limits", type=int, default=20)
     options = parser.parse_args()
     for seed in map(int, options.seeds.split(",")):
         task = TASKS[options.network](samples=options.samples, seed=seed)
         if options.what == "accuracy":
-            budgets = [Budget(average_bits=float(bits)) for bits in options.bits.split(",")]
-            accuracy(task, [Budget(size=options.size)] if options.size else budgets, seed)
+            choices = Choices() if options.inputs == "same" else Choices(activation_bits=(8,))
+            budgets = [Budget(average_bits=float(bits), choices=choices) for bits in options.bits.split(",")]
+            accuracy(task, [Budget(size=options.size, choices=choices)] if options.size else budgets, seed)
         elif options.what == "sensitivity":
             sensitivity(task)
         else:
@@ -58,7 +61,8 @@ def accuracy(task: Task, budgets: list[Budget], seed: int) -> None:
         greedy = greedy_allocation(result.plan.market, result.size_bytes)
         told(task, "greedy   ", quantized(task, greedy, seed, bank))
         bits = int(result.plan.allocation.average_bits + 0.01)
-        told(task, f"uniform {bits}", quantized(task, dict.fromkeys(greedy, (bits, bits)), seed, bank))
+        inputs = bits if all(weights == same for weights, same in greedy.values()) else 8
+        told(task, f"uniform {bits}", quantized(task, dict.fromkeys(greedy, (bits, inputs)), seed, bank))
 
 
 def quantized(task: Task, options: dict[str, Option], seed: int, bank: Bank) -> subbyte.Result:
@@ -101,7 +105,7 @@ def sensitivity(task: Task) -> None:
     for loss in (KLDivergence(), RelativeSquaredError()):
         tables = []
         for method in (Fisher(), Measured()):
-            recipe = Recipe(sensitivity=method)
+            recipe = Recipe(sensitivity=method, choices=Choices())
             budget = Budget(size=0.2, loss=loss)
             result = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=recipe, bank=bank, observer=note)
             assert result.plan is not None
@@ -122,7 +126,7 @@ def timed(task: Task) -> float:
 def limits(task: Task, count: int, seed: int) -> None:
     """Random limits on the KL divergence: whether each is met as measured, and how the size compares with a sweep of the frontier."""
     bank, chance = Bank(), np.random.default_rng(seed)
-    first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9), seed=seed, bank=bank)
+    first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9, choices=Choices()), seed=seed, bank=bank)
     assert first.plan is not None
     sweep = []
     recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out), loss=KLDivergence())
@@ -134,7 +138,7 @@ def limits(task: Task, count: int, seed: int) -> None:
     met, worst, rounds = 0, 0.0, []
     reachable = [loss for _, loss in sweep]
     for limit in np.exp(chance.uniform(np.log(min(reachable) * 1.1), np.log(max(reachable)), count)):
-        result = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=float(limit)), seed=seed, bank=bank)
+        result = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=float(limit), choices=Choices()), seed=seed, bank=bank)
         assert result.plan is not None
         value = next(one.measured["kl"] for one in result.plan.rounds if one.allocation.options == result.allocation)
         smallest = min(size for size, loss in sweep if loss <= limit)

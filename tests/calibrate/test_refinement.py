@@ -45,7 +45,7 @@ def data(count: int = 128) -> Tensor:
 
 
 def run(*refinements: Refinement, samples: object = None, model: nn.Module | None = None, **others: object) -> subbyte.Result:
-    recipe = Recipe(solver=subbyte.RoundToNearest(), refinements=refinements)
+    recipe = Recipe(solver=subbyte.RoundToNearest(), equalization=None, refinements=refinements)  # a start with much to gain
     return subbyte.quantize(model or net(), data() if samples is None else samples, widths=Widths(3, 4), recipe=recipe, **others)  # type: ignore[arg-type]
 
 
