@@ -133,6 +133,38 @@ def test_where_inputs_have_as_many_bits_as_they_like_weights_that_would_lose_are
     assert not fine or float(fine[0].factors.max()) < float(coarse[0].factors.max())
 
 
+def test_what_the_outputs_contradict_is_undone_to_the_bit() -> None:
+    """Channels that only some samples use: those that look for readers do not show that one of them is read elsewhere too."""
+
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = F.relu(m.a(x))
+        return m.b(y) + (F.relu(x.sum() - 5e3) * y).sum()
+
+    net = uneven(Net(run, a=conv(6, 9), b=conv(9, 3)))
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    x = torch.randn(128, 6, 8, 8)
+    x[32:] += 10.0  # not in the first batch
+    found, _ = survey(net, [x[:32]])
+    batches = list(x.split(32))
+    options = {layer.name: [(4, 4)] for layer in found.layers}
+    assert equalize_(net, found.multiplying, batches, options, Equalization()) == ()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_a_model_that_refuses_other_numbers_is_left_alone() -> None:
+    def run(m: Net, x: Tensor) -> Tensor:
+        y = m.a(x)
+        if abs(float(y.mean()) - m.mean) > 1e-6:
+            raise ValueError("strange numbers")
+        return m.b(F.relu(y))
+
+    net, x = uneven(Net(run, a=conv(6, 9), b=conv(9, 3))), torch.randn(IMAGES)
+    with torch.no_grad():
+        net.mean = float(net.a(x[:2]).mean())
+    found, _ = survey(Net(lambda m, x: m.b(F.relu(m.a(x))), a=net.a, b=net.b).eval(), [x])
+    assert equalize_(net, found.multiplying, [x[:2]], {"a": [(4, 4)], "b": [(4, 4)]}, Equalization()) == ()
+
+
 def test_a_layer_that_is_called_twice_is_left_alone() -> None:
     net = Net(lambda m, x: m.b(F.relu(m.a(F.relu(m.a(x))))), a=conv(6, 6), b=conv(6, 3))
     assert pairs(equalized(uneven(net), torch.randn(IMAGES))) == {}

@@ -112,7 +112,7 @@ def find_flows(model: nn.Module, layers: Mapping[str, Layer], batch: Batch) -> l
         try:
             with _scaled(module, layers.get(name), factors):
                 given = list(tensors(call(model, batch)))
-        except _Spoilt:
+        except (_Spoilt, Exception):  # noqa: BLE001 - a model that checks its own numbers, say: then it is none
             continue
         finally:
             removed(hooks)

@@ -112,19 +112,18 @@ def equalize_(
     found = _factors(seen, flows, options, settings)
     done = [one for one in found if float(one.factors.max()) > float(one.factors.min()) * (1 + EXACT)]
     readers = {flow.source: flow.readers for flow in flows}
-    for one in done:
-        _scale_(model, usable, one, readers[one.source])
+    undo = [_scale_(model, usable, one, readers[one.source]) for one in done]
     if same_outputs(model, before):
         return tuple(done)
-    for one in done:
-        _scale_(model, usable, _inverse(one), readers[one.source])
+    for step in reversed(undo):
+        _restore_(step)
     kept = []
     for one in done:  # one of them is wrong: try each alone
-        _scale_(model, usable, one, readers[one.source])
+        step = _scale_(model, usable, one, readers[one.source])
         if same_outputs(model, before):
             kept.append(one)
         else:
-            _scale_(model, usable, _inverse(one), readers[one.source])
+            _restore_(step)
     return tuple(kept)
 
 
@@ -142,17 +141,24 @@ def scaled_norms(norms: Mapping[str, NormOutput], equalized: Sequence[Equalized]
     }
 
 
-def _inverse(one: Equalized) -> Equalized:
-    return Equalized(one.source, one.readers, 1 / one.factors)
+_Undo = list[tuple[nn.Module, dict[str, nn.Parameter | None]]]  # modules, and their parameters before
 
 
-def _scale_(model: nn.Module, layers: Mapping[str, Layer], one: Equalized, readers: Mapping[str, Tensor]) -> None:
+def _scale_(model: nn.Module, layers: Mapping[str, Layer], one: Equalized, readers: Mapping[str, Tensor]) -> _Undo:
+    undo = [(module, dict(module._parameters)) for module in map(model.get_submodule, (one.source, *readers))]
     scale_source_(model.get_submodule(one.source), layers.get(one.source), one.factors)
     for name, channel in readers.items():
         module = model.get_submodule(name)
         factors = torch.where(channel >= 0, one.factors[channel.clamp(min=0)], 1.0)
         assert isinstance(module.weight, Tensor)
         module.weight = nn.Parameter(module.weight / layers[name].operator.per_input(factors, module.weight), requires_grad=False)
+    return undo
+
+
+def _restore_(undo: _Undo) -> None:
+    for module, parameters in reversed(undo):
+        for name, parameter in parameters.items():
+            module.register_parameter(name, parameter)
 
 
 def _factors(
