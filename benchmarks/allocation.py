@@ -61,7 +61,8 @@ def accuracy(task: Task, budgets: list[Budget], seed: int) -> None:
         greedy = greedy_allocation(result.plan.market, result.size_bytes)
         told(task, "greedy   ", quantized(task, greedy, seed, bank))
         bits = int(result.plan.allocation.average_bits + 0.01)
-        inputs = bits if all(weights == same for weights, same in greedy.values()) else 8
+        assert budget.choices is not None
+        inputs = 8 if budget.choices.activation_bits else bits
         told(task, f"uniform {bits}", quantized(task, dict.fromkeys(greedy, (bits, inputs)), seed, bank))
 
 

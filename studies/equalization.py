@@ -15,7 +15,6 @@ import torch
 from fine_ridge import divergence
 
 import subbyte
-from subbyte.model.equalize import Equalization
 from subbyte.tasks import TASKS
 
 
@@ -36,7 +35,13 @@ def main() -> None:
             pinned = dict.fromkeys(task.first_and_last, 8) if min(weight_bits, activation_bits) < 8 else {}
             widths = subbyte.Widths(weight_bits, activation_bits, pinned=pinned)
             for strength in options.strengths.split(","):
-                given = Equalization() if strength == "predicted" else None if strength == "none" else Equalization((float(strength),))
+                given = (
+                    subbyte.Equalization()
+                    if strength == "predicted"
+                    else None
+                    if strength == "none"
+                    else subbyte.Equalization((float(strength),))
+                )
                 recipe = subbyte.Recipe(equalization=given)
                 result = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe, seed=seed)
                 layers = statistics.fmean(layer.error for layer in result.layers)

@@ -24,6 +24,7 @@ from subbyte.export.pack_quantized import CompressedTensors
 from subbyte.export.packed import load
 from subbyte.export.pretrained import load_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
+from subbyte.model.equalize import Equalization
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
@@ -46,6 +47,7 @@ __all__ = [
     "CompressedTensors",
     "CosineDistance",
     "DataError",
+    "Equalization",
     "ExportWarning",
     "Exported",
     "FileError",

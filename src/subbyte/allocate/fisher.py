@@ -26,6 +26,8 @@ from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, sample_count
 from subbyte.model.padding import read_outputs
 
+NO_GRADIENT = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
+
 
 @dataclass(frozen=True)
 class Fisher(SensitivityMethod):
@@ -100,8 +102,7 @@ def _unread(model: nn.Module, batch: Batch, calls: Sequence[_Call], output: Sequ
         finally:
             handle.remove()
         if not all(torch.equal(a, b) for a, b in zip(output, changed, strict=True)):
-            message = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
-            raise LayerError(name, message)
+            raise LayerError(name, NO_GRADIENT)
     return set(layers)
 
 
@@ -126,8 +127,8 @@ class _Call:
         Where the layer's first dimension counts something else than samples, all of it is put to the first sample: draws for different
         samples are independent and have mean zero, so that the square of the sum is still right on average.
         """
-        if not self.gradients:  # of several calls, one that nothing reads
-            return torch.zeros(1, 1, samples, dtype=torch.float64)
+        if not self.gradients:
+            raise LayerError(self.layer.item.layer.name, NO_GRADIENT)
         gradients = torch.stack(self.gradients).flatten(2)  # (draws, N, numbers)
         plain = self.layer.float_output(self.x)
         found = []

@@ -62,6 +62,7 @@ def result_data(result: Result, out: Path, size_bytes: int) -> dict[str, Any]:
         "layers": [asdict(layer) for layer in result.layers],
         "left_out": [asdict(left) for left in result.left_out],
         "folds": [asdict(fold) for fold in result.folds],
+        "equalized": [{"source": one.source, "readers": one.readers} for one in result.equalized],
         "measured": asdict(result.measured),
         "refinements": [asdict(report) | {"kept": report.kept} for report in result.refinements],
         "loss": result.loss,
