@@ -53,7 +53,7 @@ class Assembler:
         calibration: calibration set.
         recipe: how.
         kept: solutions of the run so far.
-        judge: the held-out samples.
+        judge: the held-out samples, which limits on degradation are measured on.
         observer: is told what happens.
     """
 
@@ -93,6 +93,11 @@ class Assembler:
         """Steps and zero-points of attention products, by the attention layer's name, (4,) each; none where they stay in float32."""
         return product_grids(self.original, self.calibration)
 
+    @cached_property
+    def guard(self) -> Judge:
+        """What the whole is kept or taken back by: held-out samples and mixtures of them."""
+        return self.judge.with_mixtures(self.original, self.recipe.mixtures, self.calibration.seed)
+
     def assemble(self, options: Mapping[str, Option]) -> Assembled:
         """Solve every layer at its widths, keep the better of calibrated and plainly rounded, refine.
 
@@ -105,6 +110,6 @@ class Assembler:
         """
         recipe, models = self.recipe, self.prepare(options)
         judged = calibrate_(models, self.calibration, recipe.method, recipe.flavour, self.kept, self.observer)
-        measured = guard_whole_(models, judged, self.judge, self.observer)
-        refinements = refine_guarded_(models, recipe.refinements, self.calibration, self.judge, measured.loss, self.observer)
+        measured = guard_whole_(models, judged, self.guard, self.observer)
+        refinements = refine_guarded_(models, recipe.refinements, self.calibration, self.guard, measured.loss, self.observer)
         return Assembled(models, judged, measured, refinements)

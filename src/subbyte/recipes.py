@@ -15,6 +15,7 @@ from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
+from subbyte.errors import OptionError
 from subbyte.model.equalize import Equalization
 from subbyte.quantizers.grid import MAX_BITS, Grid
 from subbyte.tune.batch_norm import BatchNormTuning
@@ -42,13 +43,15 @@ class Recipe:
             inputs that are quantized call for it.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
+        mixtures: with other held-out samples, how many of each judge the whole beside it; 0 for inputs of which no mixture makes sense.
+            Integers, such as token ids, are never mixed.
         choices: the options of every layer, where a budget chooses the widths and has none of its own. A file holds no inputs: narrower
             ones than 8 bits would cost accuracy and save none of its bytes.
         sensitivity: measures what each layer does to the model at each option, where a budget chooses the widths.
         refinements: what follows when every layer has its codes, in this order; each is kept only if held-out samples agree.
 
     Raises:
-        OptionError: if `attention_bits` is no integer from 2 to 8, or `weight_group` no positive one.
+        OptionError: if `attention_bits` is no integer from 2 to 8, `weight_group` no positive one, or `mixtures` negative.
 
     Example:
         >>> Recipe(flavour=Flavour.PARALLEL).solver.name
@@ -66,6 +69,7 @@ class Recipe:
     fold_batch_norms: bool = True
     equalization: Equalization | None = Equalization()
     loss: OutputLoss = RelativeSquaredError()
+    mixtures: int = 3
     choices: Choices = Choices(activation_bits=(8,))
     sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()
@@ -73,6 +77,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.attention_bits is not None:
             Grid(self.attention_bits)
+        if self.mixtures < 0:
+            raise OptionError(f"mixtures are counted from 0, not {self.mixtures}")
         _ = self.weights  # refuses an impossible group
 
     @property

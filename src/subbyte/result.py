@@ -256,6 +256,7 @@ def receipt(result: Result) -> str:
     size, measured = result.size_bytes, result.measured
     lines.append(f"float32: {result.float_bytes:,} bytes; packed file: {size:,} bytes ({result.float_bytes / size:.2f} times smaller)")
     judged = f"{measured.held_out_samples} held-out of {measured.samples} samples" if measured.held_out_samples else "its one sample"
+    judged += f" and {measured.mixtures} mixtures of them" if measured.mixtures else ""
     losses = f"{measured.loss:.4g}, with plain rounding everywhere {measured.baseline_loss:.4g}"
     lines.append(f"{measured.loss_name} from the float model on {judged}: {losses}")
     if measured.rejected_loss is not None:

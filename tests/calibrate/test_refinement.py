@@ -216,3 +216,35 @@ def test_what_is_read_of_layers_counts_and_what_is_clipped_does_not() -> None:
     """The layers' share changes what is found: it is not only the outputs that are fitted."""
     with_layers, without = run(Networkwise(iterations=150, mixing=0.0)), run(Networkwise(iterations=150, mixing=0.0, layer_share=0.0))
     assert not torch.equal(with_layers.model(data()), without.model(data()))
+
+
+def test_mixtures_of_held_out_samples_judge_too_unless_nothing_can_be_mixed() -> None:
+    few, many = (subbyte.quantize(net(), data(), widths=Widths(3, 4), recipe=Recipe(mixtures=each)) for each in (0, 3))
+    assert (few.measured.held_out_samples, few.measured.mixtures, many.measured.mixtures) == (16, 0, 48)
+    assert torch.equal(few.model(data()), many.model(data())) and few.loss != many.loss
+    assert "on 16 held-out of 128 samples and 48 mixtures of them" in str(many) and "mixtures" not in str(few)
+    words = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 4)).eval()
+    tokens = torch.arange(160).reshape(16, 10) % 10
+    assert subbyte.quantize(words, tokens, widths=Widths(4, 8)).measured.mixtures == 0
+
+
+def test_a_model_that_does_not_take_mixtures_is_judged_without() -> None:
+    class Corners(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            if not bool((x.abs() == 1).all()):
+                raise ValueError("corners only")
+            return super().forward(x)
+
+    result = subbyte.quantize(Corners().eval(), data().sign(), widths=Widths(3, 4), recipe=Recipe(equalization=None))
+    assert (result.measured.held_out_samples, result.measured.mixtures) == (16, 0)
+
+
+def test_networkwise_sees_what_the_augmentation_makes() -> None:
+    seen: list[int] = []
+
+    def noted(batch: Tensor, generator: torch.Generator) -> Tensor:
+        seen.append(len(batch))
+        return batch
+
+    run(Networkwise(iterations=5, augment=noted))
+    assert len(seen) == 5 and max(seen) <= 32

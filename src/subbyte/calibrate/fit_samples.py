@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples
+
+Augmentation = Callable[[Batch, torch.Generator], Batch]
+"""Makes of a batch another one that the model could meet too, with chance from the generator; the number of samples stays."""
 
 
 def fit_parts(model: nn.Module, data: CalibrationSet) -> tuple[Batch, ...]:
@@ -67,3 +70,21 @@ def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
         return x.lerp(x[partner.to(x.device)], share.to(x).view(-1, *([1] * (x.dim() - 1))))
 
     return map_tensors(batch, mix)
+
+
+@torch.no_grad()
+def varied(batch: Batch, augment: Augmentation | None, mixing: float, generator: torch.Generator) -> Batch:
+    """A batch, augmented and mixed.
+
+    Args:
+        batch: see `mixed`.
+        augment: the user's; None: nothing.
+        mixing: see `mixed`; 0: nothing.
+        generator: on the CPU.
+
+    Example:
+        >>> varied(torch.ones(2), lambda batch, generator: -batch, 0.0, torch.Generator()).tolist()
+        [-1.0, -1.0]
+    """
+    batch = augment(batch, generator) if augment else batch
+    return mixed(batch, mixing, generator) if mixing else batch

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from subbyte.calibrate.fit_samples import fit_parts, mixed, shuffled
+from subbyte.calibrate.fit_samples import Augmentation, fit_parts, shuffled, varied
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.joint import JointParameters, adam, half_cosine
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
@@ -50,6 +50,7 @@ class Networkwise(Refinement):
         activation_rate: for input steps as a share of themselves, and zero-points in codes.
         layer_share: weight of the layers' errors beside the error of the model's outputs.
         mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed.
+        augment: changes batches before they are mixed, for example by flipping images; None: they are used as they are.
 
     Raises:
         OptionError: if a value is outside its range.
@@ -71,6 +72,7 @@ class Networkwise(Refinement):
     activation_rate: float = 5e-3
     layer_share: float = 1.0
     mixing: float = 1.0
+    augment: Augmentation | None = None
 
     def __post_init__(self) -> None:
         rates = (self.weight_rate, self.bias_rate, self.weight_step_rate, self.activation_rate, self.layer_share)
@@ -115,7 +117,7 @@ class _Training:
             with standing_in(layers):
                 for batch in batches:
                     optimizer.zero_grad()
-                    loss = self._loss(mixed(batch, settings.mixing, generator) if settings.mixing else batch)
+                    loss = self._loss(varied(batch, settings.augment, settings.mixing, generator))
                     if not loss.requires_grad:
                         return "nothing done: the model's outputs have no gradient"
                     loss.backward(inputs=parameters)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from subbyte.calibrate.fit_samples import mixed
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.loss import OutputLoss, check_output, measure
 from subbyte.calibrate.models import Models, assign_
+from subbyte.calibrate.rows import generator_for
 from subbyte.errors import ModelError
-from subbyte.model.batches import Batch, call, select_samples
+from subbyte.model.batches import Batch, call, floating_tensors, joined, sample_count, select_samples
 from subbyte.run.events import Observer, StageFinished, StageStarted
+
+PIECE = 32  # samples that are mixed with each other, and run at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Measured:
         rejected_loss: of the calibrated model, where it lost to plain rounding and was given up; else None.
         samples: calibration samples in all.
         held_out_samples: how many of them judged; 0 where there was only one sample, which then did both.
+        mixtures: of held-out samples, how many judged beside them.
     """
 
     loss_name: str
@@ -39,6 +44,7 @@ class Measured:
     rejected_loss: float | None
     samples: int
     held_out_samples: int
+    mixtures: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +57,7 @@ class Judge:
         loss: distance from it.
         samples: calibration samples in all.
         held_out_samples: how many of them are held out.
+        mixtures: of them, how many judge beside them.
     """
 
     batches: tuple[Batch, ...]
@@ -58,6 +65,7 @@ class Judge:
     loss: OutputLoss
     samples: int
     held_out_samples: int
+    mixtures: int = 0
 
     @classmethod
     def of(cls, original: nn.Module, data: CalibrationSet, loss: OutputLoss) -> Judge:
@@ -80,6 +88,34 @@ class Judge:
         batches, references = tuple(batch for batch, _ in judging), tuple(reference for _, reference in judging)
         return cls(batches, references, loss, sum(len(mask) for mask in data.held_out), held)
 
+    def with_mixtures(self, original: nn.Module, each: int, seed: int) -> Judge:
+        """Let mixtures of held-out samples judge too: `(1 - a) x_i + a x_j`, `a` evenly from 0 to 1.
+
+        A few dozen samples, on which a classifier was perhaps trained and is sure of itself, say little about which of two quantized models
+        is the better one; between samples it is less sure, and there are as many of them as are wanted.
+
+        Args:
+            original: float model.
+            each: mixtures for each held-out sample; 0: none.
+            seed: of the run.
+
+        Returns:
+            Itself where nothing can be mixed: with one sample, with inputs that are no floating-point numbers, such as token ids, or where
+            the float model does not take mixtures or returns NaN or infinite numbers for them.
+        """
+        generator = generator_for(seed, "mixtures that judge")
+        parts = [part for part in _pieces(joined(self.batches)) if sample_count(part) > 1 and floating_tensors(part)]
+        batches = tuple(mixed(part, 1.0, generator) for _ in range(each) for part in parts)
+        try:
+            with torch.no_grad():
+                references = tuple(call(original, batch) for batch in batches)
+            for reference in references:
+                check_output(reference)
+        except Exception:  # noqa: BLE001 - whatever a user's model says to inputs that it was not made for
+            return self
+        count = sum(sample_count(batch) for batch in batches)
+        return replace(self, batches=self.batches + batches, references=self.references + references, mixtures=count)
+
     def loss_of(self, model: nn.Module) -> float:
         """The loss of a model; NaN where it returns NaN.
 
@@ -87,6 +123,10 @@ class Judge:
             model: in evaluation mode.
         """
         return measure(model, self.batches, self.references, self.loss)
+
+
+def _pieces(batches: Sequence[Batch]) -> list[Batch]:
+    return [select_samples(batch, some) for batch in batches for some in torch.arange(sample_count(batch)).split(PIECE)]
 
 
 def _judging(model: nn.Module, batch: Batch, mask: Tensor) -> tuple[Batch, object]:
@@ -123,4 +163,6 @@ def guard_whole_(models: Models, judged: Mapping[str, Judged], judge: Judge, obs
     if not torch.isfinite(torch.tensor(final)):
         raise ModelError("the quantized model returns NaN or infinite numbers on held-out samples; give more bits or exclude layers")
     observer(StageFinished("verify", time.perf_counter() - started))
-    return Measured(type(judge.loss).__name__, final, plain, reached if rejected else None, judge.samples, judge.held_out_samples)
+    return Measured(
+        type(judge.loss).__name__, final, plain, reached if rejected else None, judge.samples, judge.held_out_samples, judge.mixtures
+    )

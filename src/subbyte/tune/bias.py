@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from subbyte.calibrate.fit_samples import fit_parts, mixed, shuffled
+from subbyte.calibrate.fit_samples import Augmentation, fit_parts, shuffled, varied
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.joint import half_cosine
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, compare
@@ -38,9 +38,6 @@ from subbyte.model.padding import real_positions, without_padding
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
-
-Augmentation = Callable[[Batch, torch.Generator], Batch]
-"""Makes of a batch another one that the model could meet too, with chance from the generator; the number of samples stays."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ class _Tuning:
             for epoch in range(1, settings.epochs + 1):
                 for batch in shuffled(self._parts, settings.batch_samples, generator):
                     optimizer.zero_grad()
-                    loss = self._loss(self._changed(batch, generator))
+                    loss = self._loss(varied(batch, settings.augment, settings.mixing, generator))
                     if loss.requires_grad:  # not where a batch reaches no layer that is trained
                         loss.backward(inputs=self._parameters)
                         optimizer.step()
@@ -163,11 +160,6 @@ class _Tuning:
                 tuned.item.quantized.assign_(tuned.state())
         named = f"{type(settings.stop_by).__name__} {first:.4g} -> {least:.4g}"
         return f"best after {best_epoch} of {epoch} epochs, {named}" if best_epoch else f"nothing better found in {epoch} epochs, {named}"
-
-    @torch.no_grad()
-    def _changed(self, batch: Batch, generator: torch.Generator) -> Batch:
-        batch = self._settings.augment(batch, generator) if self._settings.augment else batch
-        return mixed(batch, self._settings.mixing, generator) if self._settings.mixing else batch
 
     def _loss(self, batch: Batch) -> Tensor:
         with torch.no_grad():
