@@ -24,7 +24,8 @@ from subbyte.model.layers import Survey, check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
-from subbyte.result import Result, layer_report, still_float, warnings_for
+from subbyte.report.layer import layer_report, still_float, warnings_for
+from subbyte.result import Result
 from subbyte.run.bank import Bank
 from subbyte.run.events import Observer, Warned, ignore
 from subbyte.widths import Option, Widths, as_rows, quantizes_inputs
