@@ -78,7 +78,8 @@ def frontier_chart(planned: Planned) -> FrontierChart:
     wide = [limit.limit for limit in drawn if limit.name == "bytes" and 0.8 * first <= limit.limit <= 1.2 * last]
     high = [limit.limit for limit in drawn if limit.name != "bytes"]
     x = around([planned.size_bytes, first, last, *(one.size_bytes for one in planned.rounds), *wide], LEFT, RIGHT)
-    losses = [planned.predicted, planned.measured, *(one.predicted for one in (*planned.frontier, *planned.rounds)), *high]
+    losses = [planned.predicted, planned.measured, *high]
+    losses += [one.predicted for one in planned.frontier] + [one.predicted for one in planned.rounds]
     y = over_decades(losses, BOTTOM, TOP)
     lines = [Line(x.place(value), vertical=True, text=f"limit: {value:,.0f} bytes") for value in wide]
     lines += [Line(y.place(value), vertical=False, text=f"limit: {value:.4g}") for value in high]

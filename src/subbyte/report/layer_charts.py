@@ -8,9 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from subbyte.report.layer import LayerReport
-from subbyte.report.planned import Cell, Planned
+from subbyte.report.planned import Planned
 from subbyte.report.scale import Scale, Tick, figure, over_decades, size, up_from_zero
 
 WIDTH, LEFT, RIGHT, TOP = 1000.0, 84.0, 988.0, 14.0
@@ -65,14 +66,12 @@ class Bar:
         column: of the layer.
         top: of the bar.
         mark: height of the second figure; None where there is none.
-        title: all of it in words.
         text: in the bar, where there is room.
     """
 
     column: Column
     top: float
     mark: float | None
-    title: str
     text: str = ""
 
 
@@ -85,14 +84,12 @@ class Pair:
         error: its height.
         baseline: height of plain rounding's.
         rounded: whether plain rounding is kept.
-        title: all of it in words.
     """
 
     column: Column
     error: float
     baseline: float
     rounded: bool
-    title: str
 
 
 @dataclass(frozen=True)
@@ -134,13 +131,11 @@ class HeatMap:
     Args:
         frame: axes and labels.
         cells: of all layers.
-        titles: of each layer, its sensitivities in words.
         steps: upper end of each level but the last.
     """
 
     frame: Frame
     cells: tuple[HeatCell, ...]
-    titles: tuple[str, ...]
     steps: tuple[float, ...]
 
 
@@ -154,11 +149,8 @@ def bits_chart(layers: Sequence[LayerReport]) -> Chart:
     frame = _frame([layer.name for layer in layers], scale.start, [Tick(scale.place(bits), str(bits)) for bits in range(0, 9, 2)])
     marks = []
     for layer, column in zip(layers, frame.columns, strict=True):
-        inputs = "float32" if layer.activation_bits is None else f"{layer.activation_bits} bits"
-        group = "" if layer.weight_group is None else f", one step for every {layer.weight_group}"
-        title = f"{layer.name}: weights {layer.weight_bits} bits{group}, input {inputs}"
         mark = None if layer.activation_bits is None else scale.place(layer.activation_bits)
-        marks.append(Bar(column, scale.place(layer.weight_bits), mark, title, str(layer.weight_bits) if column.width >= 16 else ""))
+        marks.append(Bar(column, scale.place(layer.weight_bits), mark, str(layer.weight_bits) if column.width >= 16 else ""))
     return Chart(frame, tuple(marks))
 
 
@@ -170,11 +162,10 @@ def bytes_chart(layers: Sequence[LayerReport]) -> Chart:
     """
     scale = up_from_zero(max(layer.float_bytes for layer in layers), TOP + SLIM_HEIGHT, TOP)
     frame = _frame([layer.name for layer in layers], scale.start, [Tick(scale.place(value), size(value)) for value in scale.ticks(5)])
-    marks = []
-    for layer, column in zip(layers, frame.columns, strict=True):
-        saved = layer.float_bytes - layer.size_bytes
-        title = f"{layer.name}: {layer.float_bytes:,} bytes in float32, {layer.size_bytes:,} in the packed file, {saved:,} saved"
-        marks.append(Bar(column, scale.place(layer.float_bytes), scale.place(layer.size_bytes), title))
+    marks = [
+        Bar(column, scale.place(layer.float_bytes), scale.place(layer.size_bytes))
+        for layer, column in zip(layers, frame.columns, strict=True)
+    ]
     return Chart(frame, tuple(marks))
 
 
@@ -187,12 +178,10 @@ def error_chart(layers: Sequence[LayerReport]) -> Chart:
     values = [value for layer in layers for value in (layer.error, layer.baseline_error)]
     scale = over_decades(values, TOP + PLOT_HEIGHT, TOP)
     frame = _frame([layer.name for layer in layers], scale.start, [Tick(scale.place(value), figure(value)) for value in scale.ticks()])
-    marks = []
-    for layer, column in zip(layers, frame.columns, strict=True):
-        rounded = not layer.error < layer.baseline_error
-        title = f"{layer.name}: error {layer.error:.2g}, plain rounding {layer.baseline_error:.2g}"
-        title += "; plain rounding is kept" if rounded else ""
-        marks.append(Pair(column, scale.place(layer.error), scale.place(layer.baseline_error), rounded, title))
+    marks = [
+        Pair(column, scale.place(layer.error), scale.place(layer.baseline_error), not layer.error < layer.baseline_error)
+        for layer, column in zip(layers, frame.columns, strict=True)
+    ]
     return Chart(frame, tuple(marks))
 
 
@@ -206,29 +195,23 @@ def heat_map(planned: Planned) -> HeatMap:
     bottom = TOP + CELL_HEIGHT * len(options)
     tops = {option: TOP + CELL_HEIGHT * k for k, option in enumerate(options)}
     frame = _frame(list(planned.table), bottom, [Tick(tops[option] + CELL_HEIGHT / 2, option) for option in options])
-    finite = [cell.loss for row in planned.table.values() for cell in row if 0 < cell.loss < math.inf] or [1.0]
+    finite = [loss for row in planned.table.values() for loss in row.values() if 0 < loss < math.inf] or [1.0]
     least, most = min(finite), max(finite)
     steps = tuple(least * (most / least) ** ((k + 1) / LEVELS) for k in range(LEVELS - 1))
-    cells, titles = [], []
+    cells = []
     for (name, row), column in zip(planned.table.items(), frame.columns, strict=True):
-        titles.append(f"{name}: " + ", ".join(_in_words(one) for one in row))
-        for one in row:
-            broken = one.loss == math.inf
-            level = -1 if broken else sum(one.loss > step for step in steps)
-            text = ("breaks" if broken else f"{one.loss:.1g}") if column.width >= NUMBERS_FROM else ""
-            cells.append(HeatCell(column, tops[one.option], level, one.chosen, text))
-    return HeatMap(frame, tuple(cells), tuple(titles), steps)
-
-
-def _in_words(cell: Cell) -> str:
-    return f"{cell.option} {cell.loss:.2g}{' (chosen)' if cell.chosen else ''}"
+        for option, loss in row.items():
+            level = -1 if loss == math.inf else sum(loss > step for step in steps)
+            text = ("breaks" if loss == math.inf else f"{loss:.1g}") if column.width >= NUMBERS_FROM else ""
+            cells.append(HeatCell(column, tops[option], level, option == planned.chosen[name], text))
+    return HeatMap(frame, tuple(cells), steps)
 
 
 def _frame(names: Sequence[str], bottom: float, ticks: Sequence[Tick]) -> Frame:
     """Columns and labels: every name where there is room, otherwise as many as there is room for."""
     width = (RIGHT - LEFT) / len(names)
     stride = -(-len(names) // MOST_LABELS)
-    labels = [_short(name) if k % stride == 0 else "" for k, name in enumerate(names)]
+    labels = [name if k % stride == 0 else "" for k, name in enumerate(_short(names))]
     longest = LETTER * max(map(len, labels))
     slanted = longest > width - 4
     columns = tuple(
@@ -238,6 +221,9 @@ def _frame(names: Sequence[str], bottom: float, ticks: Sequence[Tick]) -> Frame:
     return Frame(columns, bottom, round(bottom + room, 1), tuple(ticks), slanted)
 
 
-def _short(name: str) -> str:
-    """The end of a name, which tells layers apart better than its beginning."""
-    return name if len(name) <= MOST_LETTERS else "…" + name[1 - MOST_LETTERS :]
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the modules that all layers are in, and of long ones the end, which tells layers apart better than the beginning."""
+    if max(map(len, names)) > MOST_LETTERS and len(names) > 1:
+        common = commonprefix(list(names)).rpartition(".")
+        names = [name[len(common[0]) + len(common[1]) :] for name in names]
+    return [name if len(name) <= MOST_LETTERS else "…" + name[1 - MOST_LETTERS :] for name in names]

@@ -147,11 +147,12 @@ def cells_by_level(cells: Sequence[HeatCell], height: float) -> dict[int, str]:
         >>> cells_by_level([HeatCell(Column(84.0, 89.0, 10.0, ""), 14.0, 2, False, "")], 24.0)
         {2: 'M84 14h10v24h-10z'}
     """
-    found: dict[int, str] = {}
+    found: dict[int, list[str]] = {}
     for cell in cells:
-        width = f"{cell.column.width:g}"
-        found[cell.level] = found.get(cell.level, "") + f"M{cell.column.left:g} {cell.top:g}h{width}v{height:g}h-{width}z"
-    return found
+        found.setdefault(cell.level, []).append(
+            f"M{cell.column.left:g} {cell.top:g}h{cell.column.width:g}v{height:g}h-{cell.column.width:g}z"
+        )
+    return {level: "".join(parts) for level, parts in sorted(found.items())}
 
 
 @cache

@@ -12,21 +12,6 @@ from subbyte.plan import Plan
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One option of one layer.
-
-    Args:
-        option: for example ``"W4A8"``.
-        loss: the model's loss with that layer alone quantized so; infinite where it breaks the model.
-        chosen: whether the layer got it.
-    """
-
-    option: str
-    loss: float
-    chosen: bool
-
-
-@dataclass(frozen=True)
 class Limit:
     """A limit of the budget, and what the result has.
 
@@ -95,7 +80,9 @@ class Planned:
     Args:
         loss_name: what sensitivities, predictions and `measured` are.
         method: what filled the table of sensitivities.
-        table: the options of each layer, by its name, in running order.
+        table: by layer name, in running order, and option, for example ``"W4A8"``: the model's loss with that layer alone quantized so,
+            infinite where it breaks the model.
+        chosen: the option that each layer got, by name.
         limits: what to keep within, and what the result has.
         minimized: what was made smallest.
         value: of what was made smallest.
@@ -115,7 +102,8 @@ class Planned:
 
     loss_name: str
     method: str
-    table: Mapping[str, tuple[Cell, ...]]
+    table: Mapping[str, Mapping[str, float]]
+    chosen: Mapping[str, str]
     limits: tuple[Limit, ...]
     minimized: str
     value: float
@@ -135,8 +123,16 @@ class Planned:
     @property
     def options(self) -> tuple[str, ...]:
         """Every option that some layer has, widest weights first."""
-        found = {cell.option for row in self.table.values() for cell in row}
+        found = {option for row in self.table.values() for option in row}
         return tuple(sorted(found, key=lambda text: [int(part) for part in text[1:].split("A")], reverse=True))
+
+    def sensitivity(self, layer: str) -> float:
+        """The model's loss with one layer alone at the option that it got.
+
+        Args:
+            layer: its name.
+        """
+        return self.table[layer][self.chosen[layer]]
 
 
 def planned(plan: Plan) -> Planned:
@@ -146,14 +142,14 @@ def planned(plan: Plan) -> Planned:
         plan: of a run.
     """
     chosen, market = plan.allocation, plan.market
-    table = {
-        name: tuple(Cell(option_text(option), market.sensitivity.losses[name][option], option == chosen.options[name]) for option in row)
-        for name, row in market.options.items()
-    }
     return Planned(
         loss_name=plan.sensitivity.loss_name,
         method=plan.sensitivity.method,
-        table={name: table[name] for name in market.costs.layers},
+        table={
+            name: {option_text(option): market.sensitivity.losses[name][option] for option in market.options[name]}
+            for name in market.costs.layers
+        },
+        chosen={name: option_text(option) for name, option in chosen.options.items()},
         limits=_limits(plan),
         minimized=chosen.minimized,
         value=chosen.value,

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from subbyte.errors import FileError
-from subbyte.report.summary import Summary
+from subbyte.export.onnx import Exported
+from subbyte.report.summary import FileReport, Summary
 from subbyte.run.files import write_file
 
 SUMMARY_FILE = "summary.json"
@@ -63,6 +64,24 @@ def load_summary(folder: Path) -> Summary:
     return found
 
 
+def keep_export(packed: Path, exported: Exported) -> None:
+    """Note an ONNX file in the summary of the run that its packed file is from, in place of one of the same name.
+
+    Args:
+        packed: file of a run folder; of one in another folder, or of another run, nothing is noted.
+        exported: what `export_onnx` returned for it.
+
+    Raises:
+        FileError: if the folder's summary is damaged, or cannot be written.
+    """
+    if not (packed.parent / SUMMARY_FILE).is_file():
+        return
+    summary, made = load_summary(packed.parent), FileReport.of(exported)
+    if packed.stat().st_size == summary.size_bytes:
+        others = tuple(file for file in summary.files if file.name != made.name)
+        save_summary(packed.parent, dataclasses.replace(summary, files=(*others, made)))
+
+
 def as_data(value: Any, digits: int | None = None) -> Any:
     """A value of frozen dataclasses, tuples, mappings, numbers and texts as JSON knows it.
 
@@ -92,7 +111,8 @@ def from_data(kind: Any, data: Any) -> Any:
     """The inverse of `as_data`.
 
     Args:
-        kind: type that is expected: a frozen dataclass, a tuple of any length, a mapping of texts, a number, a text, or one of these or None.
+        kind: type that is expected: a frozen dataclass, a tuple of any length, a mapping from texts, a number, a text, or any of these or
+            None.
         data: as JSON gives it.
 
     Raises:
