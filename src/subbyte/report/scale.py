@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+SMALLEST, LARGEST = 1e-100, 1e100  # what lies beyond is drawn at the end of its axis
+
 
 @dataclass(frozen=True)
 class Tick:
@@ -103,7 +105,7 @@ def over_decades(values: Iterable[float], start: float, end: float) -> Scale:
         >>> scale.low, scale.high
         (0.01, 10.0)
     """
-    positive = [value for value in values if 0 < value < math.inf] or [1.0]
+    positive = _drawable(values)
     low, high = math.floor(math.log10(min(positive)) + 1e-9), math.ceil(math.log10(max(positive)) - 1e-9)
     return Scale(10.0**low, 10.0 ** max(high, low + 1), start, end, logarithmic=True)
 
@@ -120,7 +122,7 @@ def around(values: Iterable[float], start: float, end: float) -> Scale:
         >>> round(around([10.0, 20.0], 0.0, 1.0).high, 1)
         20.7
     """
-    positive = [value for value in values if 0 < value < math.inf] or [1.0]
+    positive = _drawable(values)
     low, high = min(positive), max(positive)
     margin = max(1.01, (high / low) ** 0.05)
     return Scale(low / margin, high * margin, start, end, logarithmic=True)
@@ -153,6 +155,11 @@ def size(value: float) -> str:
         if abs(value) >= unit:
             return f"{value / unit:.4g} {name}"
     return f"{value:.4g} B" if value else "0"
+
+
+def _drawable(values: Iterable[float]) -> list[float]:
+    """Numbers that a logarithmic axis can span, also the ratio of any two of them."""
+    return [min(max(value, SMALLEST), LARGEST) for value in values if 0 < value < math.inf] or [1.0]
 
 
 def _round_step(step: float) -> float:
