@@ -65,7 +65,7 @@ def test_what_nobody_should_overlook(troubled: Summary) -> None:
     assert [alert.serious for alert in alerts] == [True, True, False, False, False]
     assert "BiasTuning" in alerts[2].text and "nan" in alerts[2].text
     assert "Lattice left these layers to RoundToNearest: <script>" in alerts[3].text
-    assert alerts[4].text.startswith("2 of the model's modules, 76 bytes") and alerts[4].text.endswith("4, Sequential")
+    assert alerts[4].text.startswith("2 of the model's modules, 76 bytes") and alerts[4].text.endswith("4, the model itself")
     assert not any(alert.serious for alert in replace(troubled, warnings=()).alerts)
 
 

@@ -211,7 +211,7 @@ class Summary:
         if self.left_out:
             bytes_left = 4 * sum(left.parameters for left in self.left_out)
             share = 100.0 * bytes_left / max(1, self.float_bytes)
-            names = ", ".join(left.name or self.model for left in self.left_out)
+            names = ", ".join(left.name or "the model itself" for left in self.left_out)
             text = f"{len(self.left_out)} of the model's modules, {bytes_left:,} bytes ({share:.1f} % of the float model): {names}"
             found.append(Alert("Left in float32", text, serious=False))
         return tuple(found)
