@@ -131,7 +131,7 @@ def test_the_verdict_comes_first(budgeted: subbyte.Result, exported: subbyte.Exp
     assert f"{summary.float_bytes:,} → {summary.size_bytes:,} bytes, {summary.times_smaller:.2f} times smaller" in verdict
     assert f"loss {summary.loss:.3g}, with plain rounding {summary.measured.baseline_loss:.3g}" in verdict
     assert "<b>top-1</b> % 89.5 float model 90" in verdict and "predictions as the float model's" in verdict
-    assert "times as fast" in verdict and f"{exported.verification.size_bytes:,} bytes" in verdict
+    assert f"{exported.verification.speed:.2f} × float" in verdict and f"{exported.verification.size_bytes:,} bytes" in verdict
     for text in (*summary.warnings, *exported.warnings):
         assert " ".join(text.split()) in verdict
 
