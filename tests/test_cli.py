@@ -321,6 +321,25 @@ def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) ->
     assert run("solve run").code == 2
 
 
+@pytest.mark.filterwarnings("ignore::subbyte.ExportWarning")  # so small a network is neither smaller nor faster
+def test_reports_of_a_run_with_its_exports(folder: Path, run: Run) -> None:
+    quantize = "quantize --model net.py:Plain --data data.npz --recipe rounding"
+    done = run(f"{quantize} --weight-bits 4 --out run/ --report first.html")
+    assert done.code == 0 and done.out.endswith("bytes\nwrote first.html\n"), done.err
+    shown = run("report run/")
+    assert shown.code == 0 and shown.out == f"wrote run/report.html, {(folder / 'run' / 'report.html').stat().st_size:,} bytes\n", shown.err
+    assert (folder / "run" / "report.html").read_text("utf-8") == (folder / "first.html").read_text("utf-8")
+    refused = run("report run --json")
+    assert refused.code == 5 and "'run/report.html' exists" in refused.data["error"]["message"]
+    assert run(f"{quantize} --average-bits 5 --out run --report first.html").code == 5
+    again = run(f"{quantize} --average-bits 5 --out run --report first.html --force --json")
+    assert again.data["report"] == "first.html" and "proved optimal" in (folder / "first.html").read_text("utf-8")
+    pytest.importorskip("onnxruntime")
+    assert run("export --model net.py:Plain --data data.npz --packed run/model.subbyte.safetensors --out a.onnx --threads 1").code == 0
+    assert run("report run --out second.html --json").data == {"out": "second.html", "bytes": (folder / "second.html").stat().st_size}
+    assert "a.onnx" in (folder / "second.html").read_text("utf-8") and "a.onnx" not in (folder / "first.html").read_text("utf-8")
+
+
 BAD = [
     (2, "quantize", "Missing option"),
     (2, "nonsense", "No such command"),
@@ -336,6 +355,8 @@ BAD = [
     (2, f"{QUANTIZE} --out a.st --bytes 10", "no allocation has bytes within 10; the least is"),
     (5, f"{QUANTIZE} --size 0.9 --out missing/run/", "cannot make the folder 'missing/run'"),
     (5, "solve images --size 0.1", "holds no 'market.json'"),
+    (5, "report images", "holds no 'summary.json'"),
+    (5, f"{QUANTIZE} --out new.st --report missing/report.html", "there is no folder 'missing'"),
     (2, f"{QUANTIZE} --out a.st --keep-8bit stemm", "stemm.*stem, block.grouped, head"),
     (2, f"{QUANTIZE} --out a.st --pin stem", "NAME=W"),
     (2, f"{QUANTIZE} --out a.st --pin stem=none", "--exclude"),

@@ -1,4 +1,4 @@
-"""`make demo` prints what it measured, and leaves the file that it promises."""
+"""`make demo` prints what it measured, and leaves the files that it promises."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ def test_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     four, two = (dict(zip(("float", "rounding", "subbyte"), map(float, rows[bits][4:7]), strict=True)) for bits in (4, 2))
     assert four["float"] >= 98 and four["subbyte"] >= four["float"] - 1
     assert two["subbyte"] >= two["rounding"] + 5, "calibration should show where rounding fails"
-    path, onnx = (tmp_path / "demo" / name for name in ("digits-w4a4.subbyte.safetensors", "digits.onnx"))
-    assert set((tmp_path / "demo").iterdir()) == {path, onnx}
+    path, onnx, page = (tmp_path / "demo" / name for name in ("digits-w4a4.subbyte.safetensors", "digits.onnx", "report.html"))
+    assert set((tmp_path / "demo").iterdir()) == {path, onnx, page}
+    report = page.read_text(encoding="utf-8")
+    assert f"Wrote {page}" in printed and report.startswith("<!DOCTYPE html>") and "digits.onnx" in report and "conv5" in report
     assert f"{onnx.stat().st_size:,} bytes, float" in printed and "int8 kernels: 6 of 6 layers" in printed
     assert read_packed(path).metadata["weight_bits"] == [8, 4, 4, 4, 4, 8]
     size = f"{path.stat().st_size:,}"

@@ -10,8 +10,8 @@ from pathlib import Path
 SRC = Path(__file__).resolve().parents[1] / "src" / "subbyte"
 # Low to high: a file imports from its own entry and from those before it.
 ORDER = (
-    "errors quantizers widths choices model run calibrate export budget allocate tune recipes assemble plan result pipeline "
-    "report subbyte tasks cli"
+    "errors quantizers widths choices model run calibrate export budget allocate tune recipes assemble plan report result pipeline "
+    "subbyte tasks cli"
 ).split()
 RANK = {name: rank for rank, name in enumerate(ORDER)}
 MAY_PRINT = {"run/terminal.py", "tasks/demo.py"}

@@ -24,7 +24,9 @@ from subbyte.model.layers import Survey, check_model, survey
 from subbyte.model.replace import copy_of
 from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
-from subbyte.result import Result, layer_report, still_float, warnings_for
+from subbyte.report.layer import layer_report, still_float, warnings_for
+from subbyte.report.stored import save_summary
+from subbyte.result import Result
 from subbyte.run.bank import Bank
 from subbyte.run.events import Observer, Warned, ignore
 from subbyte.widths import Option, Widths, as_rows, quantizes_inputs
@@ -54,7 +56,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         seed: of everything that is drawn at random; the same seed gives the same bits.
         observer: is told what happens.
         bank: where solutions and sensitivities are kept, so that a stopped run goes on where it was and another budget starts from them;
-            None keeps them in memory for this run.
+            None keeps them in memory for this run. A folder also gets what a report needs, as `summary.json`.
 
     Returns:
         The quantized model and its receipt.
@@ -63,6 +65,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         OptionError: if widths or names cannot be served; an `InfeasibleError` names the limit that cannot be met and the nearest value.
         ModelError: if the model cannot be quantized as it is; a `LayerError` names the layer at fault.
         DataError: if the calibration data cannot be used.
+        FileError: if the bank's folder cannot be written.
 
     Source:
         Hubara et al., arXiv 2006.10518, section 3, with the changes that docs/design.md names.
@@ -92,7 +95,7 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
     assembler = Assembler(original, found.layers, clips, norms, calibration, recipe, kept, judge, observer)
     assembled, plan = carry_out(assembler, asked, folds, model)
     judged, measured = assembled.judged, assembled.measured
-    return Result(
+    result = Result(
         model=assembled.models.quantized,
         layers=tuple(layer_report(item, judged[item.layer.name], measured, found.shared) for item in assembled.models.layers),
         left_out=still_float(found, folds),
@@ -111,6 +114,13 @@ def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its 
         original=original,
         calibration=calibration,
     )
+    _note_summary(result, kept.bank)
+    return result
+
+
+def _note_summary(result: Result, bank: Bank) -> None:
+    if bank.run_folder is not None:
+        save_summary(bank.run_folder, result.summary())
 
 
 def _told(warnings: tuple[str, ...], observer: Observer) -> tuple[str, ...]:

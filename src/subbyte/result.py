@@ -3,74 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import nn
 
-from subbyte.allocate.cost import LayerSize
 from subbyte.calibrate.gather import CalibrationSet
-from subbyte.calibrate.guard import Judged
-from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.pack_quantized import CompressedTensors, export_compressed_tensors
-from subbyte.export.packed import pack_model, to_bytes
+from subbyte.export.packed import LIBRARY_VERSION, pack_model, to_bytes
 from subbyte.export.pretrained import save_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, Target
 from subbyte.model.attention import products_of
 from subbyte.model.equalize import Equalized
 from subbyte.model.fold import Fold
-from subbyte.model.layers import Layer, LeftOut, Survey
+from subbyte.model.layers import LeftOut
 from subbyte.plan import Plan
 from subbyte.recipes import Recipe
+from subbyte.report.layer import LayerReport
+from subbyte.report.page import page
+from subbyte.report.planned import planned
+from subbyte.report.summary import FileReport, Score, Summary
+from subbyte.report.words import choices_in_words, differing, in_words
 from subbyte.run.files import write_file
 from subbyte.widths import Option, Widths
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Args:
-        name: qualified name.
-        kind: class and settings of the float module.
-        weight_bits: width of its weight codes.
-        weight_group: weights that share a step; None: all of an output channel.
-        activation_bits: width of its input, or None where that stays in float32.
-        float_bytes: weight and bias in float32.
-        size_bytes: codes, steps, zero-points and bias in the packed file, header not counted.
-        solver: whose solution is kept.
-        error: of the kept solution, relative, on held-out rows (see `calibrate.problem.relative_error`).
-        baseline_error: of plain rounding, likewise.
-        rejected_error: of a solution that the guard turned down, likewise; None if it was kept.
-        unknowns: weights of one output channel.
-        equations: independent rows that the calibration set offered for them.
-        note: anything unusual about the layer.
-    """
-
-    name: str
-    kind: str
-    weight_bits: int
-    weight_group: int | None
-    activation_bits: int | None
-    float_bytes: int
-    size_bytes: int
-    solver: str
-    error: float
-    baseline_error: float
-    rejected_error: float | None
-    unknowns: int
-    equations: int
-    note: str
-
-    @property
-    def weights(self) -> str:
-        """Bits of its weights, and how many share a step where these are not all of an output channel."""
-        return f"{self.weight_bits}" if self.weight_group is None else f"{self.weight_bits}/{self.weight_group}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,6 +178,59 @@ class Result:
         """
         return export_compressed_tensors(Exportable(self.model, self.original, self.calibration, self.recipe.loss), folder, self.folds)
 
+    def summary(self, exported: Sequence[Exported] = (), scores: Mapping[str, tuple[float, float]] | None = None) -> Summary:
+        """Everything that a report shows, as one value that JSON can hold.
+
+        Args:
+            exported: what `export_onnx` returned, to be shown beside it.
+            scores: measures of your own, by name: the float model's and the quantized model's.
+        """
+        products = products_of(self.model)
+        return Summary(
+            model=type(self.model).__name__,
+            layers=self.layers,
+            left_out=self.left_out,
+            folds=self.folds,
+            equalized={one.source: one.readers for one in self.equalized},
+            attention={name: module.grid.bits for name, module in products.items()},
+            measured=self.measured,
+            refinements=self.refinements,
+            loss=self.loss,
+            warnings=self.warnings,
+            float_bytes=self.float_bytes,
+            size_bytes=self.size_bytes,
+            asked=in_words(self.widths if self.plan is None else self.plan.budget),
+            planned=None if self.plan is None else planned(self.plan),
+            solver=self.recipe.solver.name,
+            baseline=self.recipe.baseline.name,
+            recipe=choices_in_words(self.recipe),
+            differing=differing(self.recipe, Recipe()),
+            seed=self.seed,
+            seconds=self.seconds,
+            versions={"subbyte": LIBRARY_VERSION, "torch": str(torch.__version__), "Python": platform.python_version()},
+            files=tuple(FileReport.of(one) for one in exported),
+            scores={name: Score(*pair) for name, pair in (scores or {}).items()},
+        )
+
+    def write_report(
+        self,
+        path: str | os.PathLike[str],
+        exported: Sequence[Exported] = (),
+        scores: Mapping[str, tuple[float, float]] | None = None,
+    ) -> None:
+        """Write an HTML page that shows the run: one file, which needs no network.
+
+        Args:
+            path: of the file, usually ``report.html``; one that exists is replaced, whole or not at all.
+            exported: what `export_onnx` returned, to be shown beside it.
+            scores: measures of your own, by name: the float model's and the quantized model's, for example
+                ``{"top-1 %": (91.7, 91.3)}``.
+
+        Raises:
+            FileError: if it cannot be written.
+        """
+        write_file(path, page(self.summary(exported, scores)).encode())
+
     def _content(self) -> bytes:
         return to_bytes(pack_model(self.model, self.structure, self.folds))
 
@@ -294,90 +309,3 @@ def plan_lines(plan: Plan) -> list[str]:
             f"round {number}: {one.allocation.size_bytes:,} bytes, predicted {one.allocation.predicted:.4g}, measured {values}: {verdict}"
         )
     return lines
-
-
-def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured, shared: Collection[str]) -> LayerReport:
-    """What became of one layer.
-
-    Args:
-        item: the layer and its grids.
-        judged: what its solver and plain rounding reached.
-        measured: of the whole; if the calibrated model was given up, the layer has the baseline's codes.
-        shared: names of the layers that share their codes with others.
-    """
-    layer, grid = item.layer, item.weight_grid
-    whole_rejected = measured.rejected_loss is not None
-    kept = judged.baseline if whole_rejected else judged.solution
-    activation_bits = None if item.activation_grid is None else item.activation_grid.bits
-    return LayerReport(
-        name=layer.name,
-        kind=layer.kind,
-        weight_bits=grid.bits,
-        weight_group=grid.group,
-        activation_bits=activation_bits,
-        float_bytes=4 * ((0 if layer.shares else layer.weight_count) + (layer.outputs if layer.has_bias else 0)),
-        size_bytes=LayerSize.of(layer, grid).bytes((grid.bits, activation_bits)),
-        solver=kept.solver,
-        error=judged.baseline_error if kept is judged.baseline else judged.error,
-        baseline_error=judged.baseline_error,
-        rejected_error=judged.error if judged.rejected and not judged.error <= judged.baseline_error else None,
-        unknowns=judged.unknowns,
-        equations=judged.equations,
-        note=_note(layer, shared),
-    )
-
-
-def still_float(found: Survey, folds: Sequence[Fold]) -> tuple[LeftOut, ...]:
-    """What stays in float32: everything left out but the batch norms that were folded away.
-
-    Args:
-        found: the model's layers.
-        folds: batch norms that were folded.
-    """
-    folded = {fold.batch_norm for fold in folds}
-    return tuple(left for left in found.left_out if left.name not in folded)
-
-
-def _note(layer: Layer, shared: Collection[str]) -> str:
-    notes = []
-    if layer.calls > 1:
-        notes.append(f"called {layer.calls} times, calibrated on the float inputs of all calls")
-    if layer.other_names:
-        notes.append(f"also {', '.join(layer.other_names)}")
-    if layer.shares:
-        notes.append(f"codes and steps are those of {layer.shares}, stored there")
-    elif layer.tied_with and layer.name not in shared:
-        notes.append(f"weight was shared with {', '.join(layer.tied_with)}, no longer is")
-    return "; ".join(notes)
-
-
-def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured, plan: Plan | None = None) -> tuple[str, ...]:
-    """What the user should know before trusting the result.
-
-    Args:
-        found: the model's layers.
-        judged: by layer name.
-        measured: of the whole.
-        plan: how a budget was met; None where widths were given.
-    """
-    warnings = [] if plan is None else list(plan.sensitivity.notes)
-    if plan is not None:
-        limits = plan.budget.degradations
-        warnings += [
-            f"{name} is {value:.4g}, above its limit of {limits[name]:.4g}: the best that was found" for name, value in plan.missed.items()
-        ]
-    poor = [(name, j.unknowns, j.equations) for name, j in judged.items() if j.equations < j.unknowns]
-    if poor:
-        listed = ", ".join(f"{name} ({unknowns} unknowns, {equations} equations)" for name, unknowns, equations in poor)
-        warnings.append(f"too few samples to determine these layers, so that the ridge or plain rounding decides them: {listed}")
-    rejected = [name for name, j in judged.items() if j.rejected and not j.error <= j.baseline_error]
-    if rejected:
-        warnings.append(f"plain rounding was better on held-out rows and is kept in: {', '.join(rejected)}")
-    if measured.held_out_samples == 0:
-        warnings.append("with a single calibration sample nothing could be held out to judge by")
-    if measured.rejected_loss is not None:
-        warnings.append("the calibrated model lost to plain rounding on held-out samples; the returned model is plainly rounded")
-    never = [left.name for left in found.left_out if left.reason.startswith("never called")]
-    if never:
-        warnings.append(f"never called in a forward, so left in float32: {', '.join(never)}")
-    return tuple(warnings)

@@ -73,6 +73,7 @@ from subbyte.cli.options import (
     PinOption,
     RecipeName,
     RecipeOption,
+    ReportOption,
     SamplesOption,
     SeedOption,
     StdOption,
@@ -142,6 +143,7 @@ def quantize(
     attention_bits: AttentionBitsOption = None,
     flavour: FlavourOption = None,
     recipe_name: RecipeOption = RecipeName.DEFAULT,
+    report: ReportOption = None,
     force: ForceOption = False,  # noqa: FBT002
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002 - read by `program.main`
@@ -149,7 +151,7 @@ def quantize(
     """Quantize a trained model with a few hundred unlabeled samples, and write the packed file.
 
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
-    then put into evaluation mode. Progress goes to stderr, the receipt to stdout. The file is written at the very end, whole or not at all.
+    then put into evaluation mode. Progress goes to stderr, the receipt to stdout. Files are written at the very end, whole or not at all.
     """
     recipe = recipe_from(recipe_name, flavour, (group_size, attention_bits), symmetric=symmetric)
     choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
@@ -167,21 +169,26 @@ def quantize(
     set_threads_(threads)
     run = Path(out) if is_run_folder(out) else None
     packed = Path(out) if run is None else new_folder(run) / PACKED_NAME
-    check_free(packed, force=force)
+    outputs = [packed] if report is None else [packed, report]
+    for path in outputs:
+        check_free(path, force=force)
     with opened_model(model) as float_model, progress() as observer:
         batches = load_inputs(model, float_model, data, DataOptions(preprocessing, key, samples, batch_size, most_tokens)).batches
         bank = subbyte.Bank(run)
         result = subbyte.quantize(
             float_model, batches, widths=widths, budget=budget, recipe=recipe, seed=seed, observer=observer, bank=bank
         )
-        check_free(packed, force=force)
+        for path in outputs:
+            check_free(path, force=force)
         size_bytes = result.save(packed)
+        if report is not None:
+            result.write_report(report)
         if run is not None and model.startswith(HUB):
             result.save_pretrained(run, open_tokenizer(model.removeprefix(HUB)))
     if as_json_object:
-        typer.echo(as_json(result_data(result, packed, size_bytes)))
+        typer.echo(as_json(result_data(result, packed, size_bytes) | {"report": None if report is None else str(report)}))
     else:
-        typer.echo(f"{result}\nwrote {packed}, {size_bytes:,} bytes")
+        typer.echo(f"{result}\nwrote {packed}, {size_bytes:,} bytes" + ("" if report is None else f"\nwrote {report}"))
 
 
 @app.command(short_help="Answer another budget from a run's measurements.")

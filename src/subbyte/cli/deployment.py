@@ -58,6 +58,7 @@ from subbyte.cli.show import as_json, exported_data, profile_data, profile_text
 from subbyte.export.onnx import Demands, Exportable, export_onnx
 from subbyte.model.batches import DEFAULT_BATCH_SIZE, as_batches
 from subbyte.model.layers import check_model
+from subbyte.report.stored import keep_export
 from subbyte.run.terminal import progress
 
 __all__ = ["app"]
@@ -135,6 +136,7 @@ def export(
     SOURCE is Python code, and it is run: NAME in it is called without arguments and returns the trained model (a torch.nn.Module), which is
     then put into evaluation mode. --data: what it was quantized with; sums and concatenations between layers get 8-bit grids from it, and
     an eighth of it is held out to compare the file with its simulation. The file is written whole or not at all.
+    If the packed file lies in the run folder that it was made in, 'report' shows the check.
     """
     chosen, demands = target_from(target, compact=compact), Demands(faster=require_faster, int8=not allow_float, threads=threads)
     check_positive("--batch-size", batch_size)
@@ -149,4 +151,5 @@ def export(
         calibration = CalibrationSet.drawn(batches, RowSampling().held_out, seed)
         exportable = Exportable(quantized, float_model, calibration, RelativeSquaredError())
         done = export_onnx(exportable, out, chosen, demands)
+    keep_export(packed, done)
     typer.echo(as_json(exported_data(done)) if as_json_object else f"{done}\nwrote {out}")

@@ -114,7 +114,10 @@ OutOption = Annotated[
     str,
     typer.Option("--out", metavar="FILE|RUN/", help="The packed file, usually NAME.subbyte.safetensors; or a run folder, 'run/'."),
 ]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace the packed file if it exists.")]
+ReportOption = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Also write an HTML page that shows the run, usually report.html.")
+]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
 
 LabelsOption = Annotated[
     Path | None,
@@ -290,7 +293,7 @@ def check_free(path: Path, *, force: bool) -> None:
         if not path.parent.is_dir():
             raise FileError(f"cannot write '{path}': there is no folder '{path.parent}'; create it first")
         if path.exists() and not force:
-            raise FileError(f"'{path}' exists; choose another --out, or replace it with --force")
+            raise FileError(f"'{path}' exists; choose another path, or replace it with --force")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
             pass
     except FileError:

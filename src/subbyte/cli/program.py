@@ -19,7 +19,7 @@ from typing import Annotated
 
 import typer
 
-from subbyte.cli.deployment import app
+from subbyte.cli.reporting import app
 from subbyte.cli.show import as_json
 from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError
 

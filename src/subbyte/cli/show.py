@@ -16,7 +16,7 @@ from subbyte.cli.evaluation import Evaluation
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer, Survey
 from subbyte.plan import Plan
-from subbyte.result import still_float
+from subbyte.report.layer import still_float
 
 __all__ = [
     "allocation_text",

@@ -1,5 +1,5 @@
 """The whole package in a minute: train a small network, quantize it at several widths, write the packed file, load it back; then let a
-budget choose the widths, and write an ONNX file.
+budget choose the widths, write an ONNX file, and an HTML report that shows all of it.
 
     python -m subbyte.tasks.demo          (or `make demo`)
 
@@ -31,11 +31,11 @@ def main(folder: Path = FOLDER) -> None:
     """Run the demo and print what it finds.
 
     Args:
-        folder: where the packed file goes; is made if it does not exist.
+        folder: where the files go; is made if it does not exist.
 
     Raises:
         DataError: if scikit-learn is not installed.
-        FileError: if the file cannot be written.
+        FileError: if a file cannot be written.
     """
     torch.set_num_threads(1)  # layers of 8x8 pixels: more threads only wait for each other, for minutes on a busy machine
     print("Training a convolutional network with batch norm on 1,297 handwritten digits (a few seconds) ...")
@@ -57,11 +57,12 @@ def main(folder: Path = FOLDER) -> None:
 
 
 def within_a_budget(task: Task, folder: Path) -> None:
-    """An eighth of float32 with inputs of 8 bits, widths by integer programme, as an ONNX file that is run before it is written.
+    """An eighth of float32 with inputs of 8 bits, widths by integer programme, as an ONNX file that is run before it is written, and as a
+    report.
 
     Args:
         task: model and calibration samples.
-        folder: where the file goes.
+        folder: where the files go.
 
     Raises:
         FileError: if the file cannot be written.
@@ -71,18 +72,37 @@ def within_a_budget(task: Task, folder: Path) -> None:
     widths = ", ".join(f"{name} {weight_bits}" for name, (weight_bits, _) in result.allocation.items())
     share = result.size_bytes / result.float_bytes
     print(f"\nA budget of {SHARE:g} of float32, inputs of 8 bits: the integer programme gives weights these bits: {widths}.")
-    accuracy = f"{task.score(result.model):.1f} % (float {task.score(task.model):.1f} %)"
-    print(f"{result.size_bytes:,} bytes, {share:.4f} of float32; accuracy {accuracy}.")
-    path = folder / f"{task.name}.onnx"
+    before, after = task.score(task.model), task.score(result.model)
+    print(f"{result.size_bytes:,} bytes, {share:.4f} of float32; accuracy {after:.1f} % (float {before:.1f} %).")
+    exported = onnx_file(result, folder / f"{task.name}.onnx")
+    page = folder / "report.html"
+    result.write_report(page, exported, scores={f"accuracy on {len(task.test_inputs)} other digits, %": (before, after)})
+    print(f"\nWrote {page}: widths, errors, frontier, proof and checks of this run; open it in a browser.")
+
+
+def onnx_file(result: subbyte.Result, path: Path) -> tuple[subbyte.Exported, ...]:
+    """Write an ONNX file for ONNX Runtime, and print what its check found; without the packages for it, print what is missing.
+
+    Args:
+        result: what to write.
+        path: of the file.
+
+    Returns:
+        What the check found, if there is a file.
+
+    Raises:
+        FileError: if the file cannot be written.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", subbyte.ExportWarning)  # what it says is printed below
             exported = result.export_onnx(path, subbyte.OnnxRuntimeCPU())
     except subbyte.OptionError as error:
         print(f"No ONNX file: {error}")
-        return
+        return ()
     print(f"\nWrote {path}, checked in ONNX Runtime:\n{exported}")
     print("(On 8x8 pixels the time goes into starting operators; docs/results.md has networks of a usual size.)")
+    return (exported,)
 
 
 def quantized(task: Task, bits: int, recipe: subbyte.Recipe) -> subbyte.Result:
