@@ -14,16 +14,25 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import subbyte
 from subbyte.tasks import TASKS
 
 THREADS = 2
+
+
+def flipped(batch: Tensor, generator: torch.Generator) -> Tensor:
+    """Half of the images, mirrored: what a user knows of pictures, and no label."""
+    return torch.where(torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5, batch.flip(3), batch)
+
+
 RECIPES: dict[str, subbyte.Recipe] = {
     "layers": subbyte.Recipe(),
     "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
+    "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
 }
 ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activation bits, samples, seeds
     ("resnet20", 4, 4, 256, 3),
