@@ -14,6 +14,7 @@ from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.calibrate.rows import RowSampling
+from subbyte.calibrate.whole import MIXTURES
 from subbyte.choices import Choices
 from subbyte.errors import OptionError
 from subbyte.model.equalize import Equalization
@@ -69,7 +70,7 @@ class Recipe:
     fold_batch_norms: bool = True
     equalization: Equalization | None = Equalization()
     loss: OutputLoss = RelativeSquaredError()
-    mixtures: int = 3
+    mixtures: int = MIXTURES
     choices: Choices = Choices(activation_bits=(8,))
     sensitivity: SensitivityMethod = Fisher()
     refinements: tuple[Refinement, ...] = ()

@@ -17,7 +17,7 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
-from subbyte.calibrate.whole import Judge
+from subbyte.calibrate.whole import MIXTURES, Judge
 from subbyte.model.batches import Batch, as_batches
 from subbyte.model.layers import survey
 from subbyte.model.quantized_layer import QuantizedState
@@ -65,7 +65,7 @@ def others(models: Models) -> dict[str, Tensor]:
 
 
 def held_out_loss(models: Models, data: CalibrationSet, loss: OutputLoss) -> float:
-    return Judge.of(models.original, data, loss).loss_of(models.quantized)
+    return Judge.of(models.original, data, loss).with_mixtures(models.original, MIXTURES, data.seed).loss_of(models.quantized)
 
 
 def test_only_biases_change_and_the_held_out_loss_falls(setting: tuple[Models, CalibrationSet]) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.calibrate.gather import CalibrationSet
-from subbyte.model.batches import Batch, call, joined, map_tensors, sample_count, select_samples
+from subbyte.model.batches import Batch, call, floating_tensors, joined, map_tensors, sample_count, select_samples
+from subbyte.model.padding import real_positions
 
 Augmentation = Callable[[Batch, torch.Generator], Batch]
 """Makes of a batch another one that the model could meet too, with chance from the generator; the number of samples stays."""
@@ -47,8 +48,23 @@ def shuffled(parts: Sequence[Batch], most: int, generator: torch.Generator) -> I
             yield select_samples(parts[index], chosen)
 
 
+def mixable(batch: Batch) -> bool:
+    """Whether anything can be mixed: two samples or more, of floating-point numbers, none of which is padding.
+
+    Args:
+        batch: see `mixed`.
+
+    Example:
+        >>> mixable(torch.zeros(2, 3)), mixable(torch.zeros(1, 3)), mixable(torch.zeros(2, 3, dtype=torch.int64))
+        (True, False, False)
+    """
+    count = sample_count(batch)
+    numbers = any(x.dim() > 0 and x.shape[0] == count for x in floating_tensors(batch))
+    return count > 1 and numbers and real_positions(batch) is None
+
+
 def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
-    """Every sample with some of another one mixed in: `(1 - a) x_i + a x_j`, `a` evenly from 0 to `most`.
+    """Every sample with some of another one mixed in: `(1 - a) x_i + a x_j`, `a` evenly from 0 to `most`; or, if not `mixable`, the batch.
 
     Args:
         batch: its floating-point tensors are mixed, those with samples along their first dimension; a tensor (samples, ...), or a tuple or
@@ -60,6 +76,8 @@ def mixed(batch: Batch, most: float, generator: torch.Generator) -> Batch:
         >>> mixed(torch.tensor([[0.0], [1.0]]), 0.0, torch.Generator()).tolist()
         [[0.0], [1.0]]
     """
+    if not mixable(batch):
+        return batch
     count = sample_count(batch)
     partner = torch.randperm(count, device="cpu", generator=generator)
     share = most * torch.rand(count, device="cpu", generator=generator)

@@ -3,6 +3,8 @@
 * **Parallel** flavour: the float model runs; a layer's input is the float input, layers do not see each other.
 * **Sequential** flavour: the float model and the quantized one run side by side; a layer is fitted to the float model's output from what
   arrives through the layers that are already quantized, and so corrects their errors.
+* **Hybrid** flavour: codes as in the parallel one, which a budget has solved already; then steps and biases are fitted, layer by layer, to
+  what arrives.
 
 A layer that is called several times in one forward has one set of codes for all calls. It is fitted on the rows of all of them, which the
 sequential flavour cannot offer (the later inputs depend on the codes): it is solved in a parallel pass of its own first.
@@ -13,10 +15,11 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from subbyte.calibrate.gather import CalibrationSet, StopRows, problem_of, sample_at
+from subbyte.calibrate.given_codes import refit
 from subbyte.calibrate.guard import Judged, solve_guarded
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_
@@ -39,6 +42,7 @@ class Flavour(Enum):
 
     PARALLEL = "parallel"
     SEQUENTIAL = "sequential"
+    HYBRID = "hybrid"
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,13 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
     observer(StageStarted("calibrate", len(models.layers)))
     solving = _Solving(data, method, kept, observer)
     repeated = tuple(item for item in models.multiplying if item.layer.calls > 1)
-    if flavour is Flavour.PARALLEL:
-        found = solving.run(models, models.layers, flavour, {})
-    else:
-        found = solving.run(models, repeated, Flavour.PARALLEL, {}) if repeated else {}
-        assign_(models, {name: judged.solution for name, judged in found.items()})
+    alone = models.layers if flavour is not Flavour.SEQUENTIAL else repeated
+    found = solving.run(models, alone, Flavour.PARALLEL, {}) if alone else {}
+    if flavour is not Flavour.PARALLEL:
+        before = {item.layer.name: found[item.layer.name] for item in repeated}
+        assign_(models, {name: judged.solution for name, judged in before.items()})
         single = tuple(item for item in models.layers if item not in repeated)
-        found = solving.run(models, single, flavour, found) if single else found
+        found = replace(solving, given=found).run(models, single, flavour, before) if single else before
     assign_(models, {name: judged.solution for name, judged in found.items()})
     observer(StageFinished("calibrate", time.perf_counter() - started))
     return {item.layer.name: found[item.layer.name] for item in models.layers}
@@ -93,19 +97,20 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
 
 @dataclass(frozen=True, eq=False)
 class _Solving:
-    """How the layers of a pass are solved."""
+    """How the layers of a pass are solved; those that are `given` keep their codes."""
 
     data: CalibrationSet
     method: Method
     kept: Kept
     observer: Observer
+    given: Mapping[str, Judged] = field(default_factory=dict)
 
     def run(self, models: Models, items: Sequence[CalibratedLayer], flavour: Flavour, before: Mapping[str, Judged]) -> dict[str, Judged]:
         """Lockstep over all batches; layers are solved as they are reached, those called several times when all forwards have ended.
 
         Returns what was found before and what is new.
         """
-        by_name, sequential = {item.layer.name: item for item in items}, flavour is Flavour.SEQUENTIAL
+        by_name, sequential = {item.layer.name: item for item in items}, flavour is not Flavour.PARALLEL
         forwards = [Forward(models.original, batch, {item.layer.name: item.original for item in items}) for batch in self.data.batches]
         if sequential:
             quantized = {item.layer.name: item.quantized for item in items}
@@ -120,7 +125,7 @@ class _Solving:
                     continue
                 if name in found:
                     raise LayerError(name, "is called more often on a later batch than on the first; put such a batch first, or exclude")
-                prefix = tuple((name, grids[name]) for name in found) if sequential else ()
+                prefix = (flavour, *((name, grids[name]) for name in found)) if sequential else ()
                 known = self.kept.recall(item, prefix) if name not in samples else None
                 if known is None:
                     samples[name] += self._sampled(item, stop, sequential=sequential)
@@ -148,6 +153,9 @@ class _Solving:
                 judged = owner or solve_table(item, refine=self.method.solver != self.method.baseline)
             elif owner:
                 judged = solve_shared(problem_of(item, samples), owner)
+            elif name in self.given:
+                problem = problem_of(item, samples)
+                judged = refit(problem, self.given[name].solution, self.method.baseline.solve(problem, generator))
             else:
                 judged = solve_guarded(problem_of(item, samples), self.method.solver, self.method.baseline, generator)
         self.kept.keep(item, judged, prefix)

@@ -12,15 +12,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from subbyte.calibrate.given_codes import with_bias, with_input
 from subbyte.calibrate.guard import Judged
-from subbyte.calibrate.problem import LayerProblem, LayerSolution, quantized_inputs, relative_error
-from subbyte.calibrate.steps import least_output_error
+from subbyte.calibrate.problem import LayerProblem, relative_error
 from subbyte.errors import LayerError
-from subbyte.quantizers.affine import scale_and_zero_point
-from subbyte.quantizers.ranges import LeastOutputError, Range
 
 T = TypeVar("T")
-RANGE = LeastOutputError(count=24)
 
 
 def owner_of(layer: str, shares: str, found: Mapping[str, T]) -> T:
@@ -43,31 +40,19 @@ def owner_of(layer: str, shares: str, found: Mapping[str, T]) -> T:
     return found[shares]
 
 
-def solve_shared(problem: LayerProblem, owner: Judged, interval: Range = RANGE) -> Judged:
+def solve_shared(problem: LayerProblem, owner: Judged) -> Judged:
     """The rest of a layer whose codes are given.
 
     Args:
         problem: the layer; tensors as its docstring says.
         owner: what was found for the layer that gives its codes; they are laid out alike.
-        interval: clippings of the input's range to choose among.
 
     Returns:
         The solution, with the float layer's bias where that is better on held-out rows, beside the owner's plain rounding.
     """
-    plain = replace(_with_input(problem, owner.baseline, interval), bias=problem.bias)
-    found = replace(_with_input(problem, owner.solution, interval), bias=problem.bias, solver=f"{owner.solution.solver}, shared")
-    inputs = quantized_inputs(problem.fit.inputs, found.activation, problem.activation_grid)
-    corrected = replace(found, bias=problem.fit.targets.mean(dim=1) - (found.weight() @ inputs.mean(dim=1)[..., None])[..., 0])
+    plain = replace(with_input(problem, owner.baseline), bias=problem.bias)
+    found = replace(with_input(problem, owner.solution), bias=problem.bias, solver=f"{owner.solution.solver}, shared")
+    corrected = with_bias(problem, found)
     plain_error, error, corrected_error = (relative_error(problem, one, problem.held_out) for one in (plain, found, corrected))
     kept = corrected if corrected_error < error else found
     return Judged(kept, plain, min(error, corrected_error), plain_error, problem.unknowns, problem.equations)
-
-
-def _with_input(problem: LayerProblem, codes: LayerSolution, interval: Range) -> LayerSolution:
-    grid = problem.activation_grid
-    if grid is None:
-        return replace(codes, activation=None)
-    low, high = interval.candidates(problem.fit.inputs.reshape(1, -1))
-    candidates = [scale_and_zero_point(low[k, 0], high[k, 0], grid) for k in range(len(low))]
-    activation = least_output_error(problem.fit.inputs, problem.fit.targets, codes.weight(), candidates, grid)
-    return replace(codes, activation=activation)

@@ -10,17 +10,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from subbyte.calibrate.fit_samples import mixed
+from subbyte.calibrate.fit_samples import mixable, mixed
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.loss import OutputLoss, check_output, measure
 from subbyte.calibrate.models import Models, assign_
 from subbyte.calibrate.rows import generator_for
 from subbyte.errors import ModelError
-from subbyte.model.batches import Batch, call, floating_tensors, joined, sample_count, select_samples
+from subbyte.model.batches import Batch, call, joined, sample_count, select_samples
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 PIECE = 32  # samples that are mixed with each other, and run at once
+MIXTURES = 3  # for each held-out sample
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,11 @@ class Judge:
             seed: of the run.
 
         Returns:
-            Itself where nothing can be mixed: with one sample, with inputs that are no floating-point numbers, such as token ids, or where
-            the float model does not take mixtures or returns NaN or infinite numbers for them.
+            Itself where nothing can be mixed (see `fit_samples.mixable`), and where the float model does not take mixtures or returns NaN
+            or infinite numbers for them.
         """
         generator = generator_for(seed, "mixtures that judge")
-        parts = [part for part in _pieces(joined(self.batches)) if sample_count(part) > 1 and floating_tensors(part)]
+        parts = [part for part in _pieces(joined(self.batches)) if mixable(part)]
         batches = tuple(mixed(part, 1.0, generator) for _ in range(each) for part in parts)
         try:
             with torch.no_grad():

@@ -78,7 +78,10 @@ AttentionBitsOption = Annotated[
 ]
 FlavourOption = Annotated[
     Flavour | None,
-    typer.Option("--flavour", help="Calibrate on what the quantized layers before give, or on float inputs. Default sequential."),
+    typer.Option(
+        "--flavour",
+        help="Calibrate on what the quantized layers before give, or on float inputs; hybrid: codes on these. Default sequential.",
+    ),
 ]
 
 

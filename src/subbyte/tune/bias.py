@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from subbyte.calibrate.fit_samples import Augmentation, fit_parts, shuffled, varied
+from subbyte.calibrate.fit_samples import Augmentation, fit_parts, mixable, shuffled, varied
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.joint import half_cosine
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, compare
@@ -31,9 +31,9 @@ from subbyte.calibrate.models import Models
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import standing_in
-from subbyte.calibrate.whole import Judge
+from subbyte.calibrate.whole import MIXTURES, Judge
 from subbyte.errors import OptionError
-from subbyte.model.batches import Batch, call, sample_count, select_samples, tensors
+from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.model.padding import real_positions, without_padding
 from subbyte.run.events import Observer, StageFinished, StageStarted
 from subbyte.tune.optimizer import Adam, Optimizer
@@ -46,7 +46,8 @@ class BiasTuning(Refinement):
 
     Args:
         loss: what is to become small on the samples that are not held out.
-        stop_by: what is to become small on those that are held out; the best state by it is kept.
+        stop_by: what is to become small on those that are held out, and on mixtures of them unless `mixing` is 0; the best state by it is
+            kept.
         optimizer: how parameters are moved.
         epochs: how often every sample is seen, at most.
         batch_samples: samples of one gradient step, at most; of different batches only where these fit together.
@@ -97,15 +98,16 @@ class BiasTuning(Refinement):
         parts = fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
-        tuning = _Tuning(models, parts, self, Judge.of(models.original, data, self.stop_by))
+        judge = Judge.of(models.original, data, self.stop_by).with_mixtures(models.original, MIXTURES if self.mixing else 0, data.seed)
+        tuning = _Tuning(models, parts, self, judge)
         if obstacle := tuning.obstacle():
             return (f"nothing done: the model cannot be differentiated: {obstacle}",)
         started = time.perf_counter()
         observer(StageStarted(self.name))
         note = tuning.run_(data.seed)
         observer(StageFinished(self.name, time.perf_counter() - started))
-        mixable = any(tensor.is_floating_point() for tensor in tensors(parts[0]))
-        return (note,) if mixable or not self.mixing else (note, "nothing was mixed: inputs are no floating-point numbers")
+        several = not self.mixing or any(mixable(part) for part in parts)
+        return (note,) if several else (note, "nothing was mixed: inputs are no floating-point numbers, or padded")
 
 
 class _Tuning:
