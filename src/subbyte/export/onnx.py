@@ -187,6 +187,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
+    if target.arithmetic is not None:
+        translation.use_kernels_(graph, constants, target.arithmetic)
     simulation = translation.Simulated(graph)
     clock = Clock(demands.threads or torch.get_num_threads(), demands.batch_size)
     verification = verify((content, plain), kernels, simulation, judge.batches, target, clock)
