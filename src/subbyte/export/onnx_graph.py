@@ -149,7 +149,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], 
     first = next(iter(graph), None)
     plain, owner = _without_repetition({key: item for key, item in stored.items() if _is_widened(item)}, constants)
     widened = {key: _as_they_are(builder, item, constants[key]) for key, item in plain.items()} if signed_codes else widen_(builder, plain)
-    whole = {} if signed_codes else {_text(node): codes for node in markers if (codes := _bias_codes(node, constants)) is not None}
+    whole = {_text(node): bias for node in markers if (bias := _bias_codes(node, constants)) is not None and not signed_codes}
     biases = widen_biases_(builder, whole)
     if first is not None:
         builder.place_(first)

@@ -93,8 +93,8 @@ def widen_biases_(builder: Builder, biases: Mapping[str, Biases]) -> dict[str, i
         short = {}
     values = {key: builder.constant(codes) for key, codes in biases.items() if key not in short}
     if short:
-        stream = builder.constant(np.concatenate(list(short.values())).astype(np.int16))
-        values |= zip(short, _split(builder, builder.cast(stream, ir.DataType.INT32), [codes.size for codes in short.values()]), strict=True)
+        stream = builder.cast(builder.constant(np.concatenate(list(short.values())).astype(np.int16)), ir.DataType.INT32)
+        values |= zip(short, _split(builder, stream, [codes.size for codes in short.values()]), strict=True)
     return values
 
 
