@@ -6,8 +6,8 @@
     translate  standard operators, codes at their true width                (onnx_graph, widening, onnx_file)
     verify     in the runtime, against the graph: the simulation            (verify)
 
-The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up in float64, because an int8
-kernel adds up exactly, in int32: with float32 sums, one number in some ten thousands would be rounded to the neighbouring code.
+The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up exactly, as an int8 kernel does,
+and rounds as the kernels of the target do (kernels, arithmetic); for targets without kernels of their own it computes in float64.
 """
 
 from __future__ import annotations
