@@ -48,6 +48,13 @@ def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyP
     assert benchmark("onnx_files", monkeypatch).table(rows("onnx")) in RESULTS
 
 
+def test_the_table_of_agreement_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert benchmark("onnx_agreement", monkeypatch).table(rows("onnx_agreement")) in RESULTS
+
+
 @pytest.mark.parametrize("name", ["text", "embeddings"])
 def test_the_tables_of_text_encoders_are_those_of_their_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")

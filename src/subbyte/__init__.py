@@ -18,10 +18,10 @@ from subbyte.calibrate.rows import RowSampling
 from subbyte.choices import Choices
 from subbyte.errors import DataError, FileError, InfeasibleError, LayerError, ModelError, OptionError, SubbyteError
 from subbyte.export.latency import Profile, Timing, profile
+from subbyte.export.loading import load
 from subbyte.export.onnx import Exported, ExportWarning
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.pack_quantized import CompressedTensors
-from subbyte.export.packed import load
 from subbyte.export.pretrained import load_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
 from subbyte.model.equalize import Equalization

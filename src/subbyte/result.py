@@ -15,6 +15,7 @@ from torch import nn
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
+from subbyte.export.loading import with_program
 from subbyte.export.onnx import Demands, Exportable, Exported, export_onnx
 from subbyte.export.pack_quantized import CompressedTensors, export_compressed_tensors
 from subbyte.export.packed import LIBRARY_VERSION, pack_model, to_bytes
@@ -99,19 +100,22 @@ class Result:
         """Bytes of the packed file, exactly as `save` writes it."""
         return len(self._content())
 
-    def save(self, path: str | os.PathLike[str]) -> int:
+    def save(self, path: str | os.PathLike[str], *, program: bool = False) -> int:
         """Write the packed file.
 
         Args:
             path: of the file, usually ``something.subbyte.safetensors``; one that exists is replaced, whole or not at all.
+            program: whether the model's computation is put into the file too, so that `subbyte.load` needs no model class.
 
         Returns:
-            Its size in bytes, which is `size_bytes`.
+            Its size in bytes, which is `size_bytes`, and with its program some thousand bytes more.
 
         Raises:
+            ModelError: if torch.export cannot follow the model, whose program is asked for.
             FileError: if it cannot be written.
         """
-        content = self._content()
+        packed = pack_model(self.model, self.structure, self.folds)
+        content = to_bytes(with_program(packed, self.model, self.calibration.batches) if program else packed)
         write_file(path, content)
         return len(content)
 

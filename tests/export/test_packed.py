@@ -23,7 +23,8 @@ from torch import Tensor, nn
 import subbyte
 from subbyte import FileError, ModelError, Result, Widths
 from subbyte.export.bits import packed_size
-from subbyte.export.packed import FORMAT_VERSION, load, pack_model, structure_of, to_bytes
+from subbyte.export.loading import load
+from subbyte.export.packed import FORMAT_VERSION, pack_model, structure_of, to_bytes
 from subbyte.model.operators import operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.grid import Grid

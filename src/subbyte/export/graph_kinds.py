@@ -96,7 +96,15 @@ def input_quantizer(node: Node) -> Node | None:
     Args:
         node: that computes a layer.
     """
-    source = node.args[0]
+    return source_quantizer(node.args[0])
+
+
+def source_quantizer(source: object) -> Node | None:
+    """The quantiser whose numbers arrive somewhere, perhaps through padding and other copies; None if there is none.
+
+    Args:
+        source: what is read there, a node or a number.
+    """
     while isinstance(source, Node) and is_copy(source):
         source = source.args[0]
     return source if isinstance(source, Node) and is_quantize(source) else None

@@ -6,8 +6,8 @@
     translate  standard operators, codes at their true width                (onnx_graph, widening, onnx_file)
     verify     in the runtime, against the graph: the simulation            (verify)
 
-The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up in float64, because an int8
-kernel adds up exactly, in int32: with float32 sums, one number in some ten thousands would be rounded to the neighbouring code.
+The graph of the third step is the simulation: what is measured on it is what the file computes. It adds up exactly, as an int8 kernel does,
+and rounds as the kernels of the target do (kernels, arithmetic); for targets without kernels of their own it computes in float64.
 """
 
 from __future__ import annotations
@@ -187,6 +187,8 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
+    if target.arithmetic is not None:
+        translation.use_kernels_(graph, constants, target.arithmetic)
     simulation = translation.Simulated(graph)
     clock = Clock(demands.threads or torch.get_num_threads(), demands.batch_size)
     verification = verify((content, plain), kernels, simulation, judge.batches, target, clock)

@@ -3,7 +3,7 @@
 quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
 weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel; with column
             groups, one for each block of them, along the first dimension: what ONNX Runtime turns into its MatMulNBits
-bias        INT32 and DequantizeLinear, scale s_x s_w multiplied in the graph, so that it takes no room in the file
+bias        INT32, stored as INT16 where it fits, and DequantizeLinear, scale s_x s_w multiplied in the graph
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
-from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_
+from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_, widen_biases_
 from subbyte.model.operators import Convolution
 from subbyte.quantizers.granularity import per_weight
 
@@ -149,6 +149,8 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], 
     first = next(iter(graph), None)
     plain, owner = _without_repetition({key: item for key, item in stored.items() if _is_widened(item)}, constants)
     widened = {key: _as_they_are(builder, item, constants[key]) for key, item in plain.items()} if signed_codes else widen_(builder, plain)
+    whole = {_text(node): bias for node in markers if (bias := _bias_codes(node, constants)) is not None and not signed_codes}
+    biases = widen_biases_(builder, whole)
     if first is not None:
         builder.place_(first)
     codes = {key: widened[owner[key]] if key in owner else builder.constant(_unwidened(item)) for key, item in stored.items()}
@@ -160,7 +162,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], 
             _replace_(node, _rows(builder, codes[key], constants[key], sites[key].last), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
-            _replace_(node, _bias(builder, node, constants[_text(node)], signed_codes=signed_codes), builder, node)
+            _replace_(node, _bias(builder, biases.get(_text(node)), constants[_text(node)]), builder, node)
         elif node.op_type == "Quantize":
             _replace_(node, _quantizer(builder, node, signed_codes=signed_codes), builder, node)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
@@ -297,12 +299,19 @@ def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants) -> ir.
     return builder.add("DequantizeLinear", *inputs, axis=0, block_size=grid.group)
 
 
-def _bias(builder: Builder, node: ir.Node, constants: LayerConstants, *, signed_codes: bool) -> ir.Value:
-    readers = {use.node.op_type for use in node.outputs[0].uses()}
-    if signed_codes or constants.bias_codes is None or not readers <= {"Conv", "Gemm"}:
+def _bias_codes(node: ir.Node, constants: Mapping[str, LayerConstants]) -> npt.NDArray[np.int32] | None:
+    """The whole numbers of a bias whose reader adds them up in int32; None for other markers, and where it is added in floating point."""
+    if node.op_type != "Bias" or not {use.node.op_type for use in node.outputs[0].uses()} <= {"Conv", "Gemm"}:
+        return None
+    codes = constants[_text(node)].bias_codes
+    return None if codes is None else codes.numpy()
+
+
+def _bias(builder: Builder, codes: ir.Value | None, constants: LayerConstants) -> ir.Value:
+    if codes is None:
         return builder.constant(constants.rounded_bias().numpy())
     scale = builder.add("Mul", builder.constant(np.float32(constants.input_scale)), builder.constant(constants.scale.numpy()))
-    return builder.add("DequantizeLinear", builder.constant(constants.bias_codes.numpy()), scale, axis=0)
+    return builder.add("DequantizeLinear", codes, scale, axis=0)
 
 
 def _quantizer(builder: Builder, node: ir.Node, *, signed_codes: bool) -> ir.Value:

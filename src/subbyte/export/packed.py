@@ -165,24 +165,15 @@ def to_bytes(packed: PackedModel) -> bytes:
     return length.to_bytes(8, "little") + header.ljust(length) + content[end:]
 
 
-def load(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
+def load_into(path: str | os.PathLike[str], into: nn.Module) -> nn.Module:
     """The quantized model of a packed file, as an instance of the user's own class.
 
     Args:
         path: of a file that `Result.save` wrote.
-        into: a float model of the same structure, as it was before quantization; its parameters and persistent buffers do not matter
-            (non-persistent buffers are its own), and it is not changed.
-
-    Returns:
-        A copy of `into` with the file's quantized layers, in evaluation mode; its outputs are bit-identical to `Result.model`'s.
+        into: a float model of the same structure, as it was before quantization; it is not changed.
 
     Raises:
         FileError: if the file is missing, truncated, altered, of another format, no packed file, or of another model.
-
-    Example:
-        >>> load("missing.safetensors", torch.nn.Linear(1, 1))
-        Traceback (most recent call last):
-        subbyte.errors.FileError: cannot read 'missing.safetensors': there is no such file
     """
     path = Path(path)
     packed = read_packed(path)
@@ -294,7 +285,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     for products in products_of(model).values():
         products.assign_(torch.ones(4), torch.zeros(4, dtype=torch.int32))
     names, shares = packed.metadata["names"], packed.metadata["shares"]
-    for index, (name, layer_state) in enumerate(_layer_states(packed)):
+    for index, (name, layer_state) in enumerate(layer_states(packed)):
         module = model.get_submodule(name)
         operator = operator_of(module)
         if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[arg-type]
@@ -312,8 +303,12 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     return model
 
 
-def _layer_states(packed: PackedModel) -> list[tuple[str, QuantizedState]]:
-    """The layers' codes and steps, cut out of the joint tensors in order."""
+def layer_states(packed: PackedModel) -> list[tuple[str, QuantizedState]]:
+    """The layers' codes and steps, cut out of the joint tensors in order.
+
+    Args:
+        packed: what a file holds.
+    """
     metadata, parts = packed.metadata, _Parts(packed.tensors)
     found: list[tuple[str, QuantizedState]] = []
     for index, name in enumerate(metadata["names"]):

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from subbyte.errors import FileError, ModelError, OptionError
-from subbyte.export.packed import load
+from subbyte.export.loading import load
 from subbyte.model.sentence_encoder import SentenceEncoder
 from subbyte.run.files import write_file
 

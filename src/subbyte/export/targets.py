@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
+from subbyte.export.arithmetic import Arithmetic, OnnxRuntimeArithmetic, OpenVINOArithmetic
 from subbyte.quantizers.grid import MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Target(ABC):
     """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
     weight_groups: tuple[int, ...] = ()
     """Sizes of column groups that it has kernels for."""
+    arithmetic: Arithmetic | None = None
+    """How its int8 kernels round; None: the simulation computes with real numbers."""
     timed: bool = True
     """Whether `open` gives the runtime itself, so that times say something about it."""
 
@@ -120,6 +123,7 @@ class OnnxRuntimeCPU(Target):
 
     compact: bool = False
     int8_between = True
+    arithmetic = OnnxRuntimeArithmetic()
 
     def version(self) -> str:
         """See `Target`.
@@ -175,6 +179,7 @@ class OpenVINOCPU(Target):
     """
 
     int8_between = True
+    arithmetic = OpenVINOArithmetic()
 
     def version(self) -> str:
         """See `Target`.

@@ -8,6 +8,7 @@ import onnx
 from torch.fx import GraphModule
 
 from subbyte.export.constants import LayerConstants, fix_constants_
+from subbyte.export.kernels import use_kernels_
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
 from subbyte.export.onnx_graph import to_onnx
@@ -18,7 +19,7 @@ from subbyte.export.targets import Target
 from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace"]
+__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:

@@ -12,6 +12,8 @@ Runtimes fold these operators when they load the file, find plain INT8 weights, 
 
 OpenVINO 2026.4 folds division and Cast in this order and then runs in int8; it does not do so behind BitShift and BitwiseAnd, or where the
 last operator is not the Cast (ONNX Runtime 1.32 folds all of these). `tests/export/test_onnx.py` checks that both run every width in int8.
+
+Biases are INT32, the unit in which kernels add up; most fit into INT16, and are stored so, in one stream as well.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from subbyte.export.onnx_builder import Builder
 from subbyte.quantizers.grid import Grid
 
 Codes = npt.NDArray[np.int16]
+Biases = npt.NDArray[np.int32]
 PLANES = (4, 2, 1)  # bits
 INT8_BITS, INT4_BITS = 8, 4
+LEAST_STREAM = 64  # biases; fewer take less room in INT32 than the operators that widen them
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,34 @@ def widen_(builder: Builder, stored: Mapping[str, Stored]) -> dict[str, ir.Value
     return values
 
 
+def widen_biases_(builder: Builder, biases: Mapping[str, Biases]) -> dict[str, ir.Value]:
+    """Add biases and the operators that widen them.
+
+    Args:
+        builder: of the graph.
+        biases: int32 (C_out,) by key.
+
+    Returns:
+        INT32 values by key.
+    """
+    limits = np.iinfo(np.int16)
+    short = {key: codes for key, codes in biases.items() if codes.min() >= limits.min and codes.max() <= limits.max}
+    if sum(codes.size for codes in short.values()) < LEAST_STREAM:
+        short = {}
+    values = {key: builder.constant(codes) for key, codes in biases.items() if key not in short}
+    if short:
+        stream = builder.cast(builder.constant(np.concatenate(list(short.values())).astype(np.int16)), ir.DataType.INT32)
+        values |= zip(short, _split(builder, stream, [codes.size for codes in short.values()]), strict=True)
+    return values
+
+
+def _split(builder: Builder, stream: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+    """Consecutive parts of a stream."""
+    if len(sizes) == 1:
+        return [stream]
+    return builder.add_many("Split", [stream, builder.constant(np.array(sizes))], len(sizes))
+
+
 def _from_planes(builder: Builder, group: Mapping[str, Stored]) -> dict[str, ir.Value]:
     """One stream of codes for all layers of a width."""
     grid = next(iter(group.values())).grid
@@ -91,10 +123,7 @@ def _from_planes(builder: Builder, group: Mapping[str, Stored]) -> dict[str, ir.
             start += bits
     assert total is not None
     flat = builder.add("Sub", total, builder.constant(np.int32(-grid.lowest))) if grid.symmetric else total
-    parts: Sequence[ir.Value] = [flat]
-    if len(group) > 1 or padding:
-        sizes = np.array(counts + ([padding] if padding else []))
-        parts = builder.add_many("Split", [flat, builder.constant(sizes)], len(sizes))
+    parts = _split(builder, flat, counts + ([padding] if padding else []))
     values = {}
     for (key, item), part in zip(group.items(), parts, strict=False):  # the padding is nobody's
         value = builder.add("Reshape", part, builder.constant(np.array(item.codes.shape)))
