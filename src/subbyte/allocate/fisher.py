@@ -78,6 +78,29 @@ class Fisher(SensitivityMethod):
             ModelError: if the model cannot be differentiated.
             OptionError: if the loss has no probe.
         """
+        changes, below = self.changes(model, layers, batch, loss, generator)
+        return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+
+    def changes(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], float]:
+        """`g . dy` of every layer, draw, option and sample; to second order, layers do together the square of their sum.
+
+        Args:
+            model: see `share`.
+            layers: see there.
+            batch: see there.
+            loss: see there.
+            generator: see there.
+
+        Returns:
+            By layer name, float64 (draws, options, samples); and the denominator of the mean loss.
+
+        Raises:
+            LayerError: see `share`.
+            ModelError: see there.
+            OptionError: see there.
+        """
         samples = sample_count(batch)
         calls: list[_Call] = []
         with torch.enable_grad(), _recording(model, layers, calls):
@@ -94,7 +117,7 @@ class Fisher(SensitivityMethod):
                 if one.layer.item.layer.name not in unread:
                     changes[one.layer.item.layer.name] += one.changes(samples)
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in output)
-        return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+        return changes, below
 
 
 def _unread(model: nn.Module, batch: Batch, calls: Sequence[_Call], output: Sequence[Tensor]) -> set[str]:
