@@ -75,6 +75,16 @@ def test_what_cannot_be_met_ends_with_the_best() -> None:
     assert not held.kept.met and held.kept.allocation.predicted == min(one.allocation.predicted for one in held.rounds)
 
 
+def test_what_has_the_least_predicted_degradation_is_not_the_last_hope() -> None:
+    chance = np.random.default_rng(0)
+    noise = np.exp(chance.normal(0.0, 0.45, 2000))
+    noise[int(100 * math.log(allocation(LEAST).size_bytes))] = 2.0
+    held = hold(
+        solve, lambda one: one, lambda one: {"kl": one.predicted * noise[int(100 * math.log(one.size_bytes))]}, {"kl": LEAST}, LEAST, 16
+    )
+    assert not held.rounds[0].met and held.kept.met
+
+
 def test_one_round_where_no_limit_is_on_degradation() -> None:
     held = hold(lambda _: allocation(0.01), lambda one: one, lambda _: {}, {}, None, 8)
     assert held.kept.met and len(held.rounds) == 1

@@ -29,7 +29,7 @@ STEP = 1.02  # of the predicted degradation, by which the frontier is walked
 MOST_STEPS = 120
 MOST_REPEATS = 16
 LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation, while few have been measured
-SCATTERED = 0.3  # of that logarithm: above it, what meets a limit may stand alone among neighbours that do not
+SCATTERED = 0.2  # of that logarithm: above it, what meets a limit may stand alone among neighbours that do not
 IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
 
@@ -172,11 +172,11 @@ class _Search:
         """The next one, none of those tried, or None if none is worth it."""
         met, missed = _sides(self.done)
         if met is None:
-            nearest = missed[0]
-            predicted = nearest.allocation.predicted
-            if predicted <= self.least * (1 + 1e-6):
-                return None  # nothing has less degradation than what missed
-            return self._new(self.first(predicted * (max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25)))
+            nearest, lower = missed[0], None
+            if nearest.allocation.predicted > self.least * (1 + 1e-6):
+                share = max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25
+                lower = self._new(self.first(nearest.allocation.predicted * share))
+            return lower or self._walk(nearest.allocation, CLOSE)  # nothing has less degradation: what has more may still do by chance
         if not missed:
             return self._onwards(met.allocation.predicted * min(8.0, max(1.25, AIM / max(met.excess, 1e-12))), 1.5, most=MOST_REPEATS)
         if met.allocation.value - missed[0].allocation.value > CLOSE * abs(met.allocation.value):
