@@ -88,7 +88,7 @@ class Budget:
     seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None = None
     loss: OutputLoss | None = None
     held_out: float = 0.25
-    rounds: int = 8
+    rounds: int = 16
     best_effort: bool = False
 
     def __post_init__(self) -> None:

@@ -47,9 +47,42 @@ def test_the_limit_is_met_near_the_smallest_size(seed: int) -> None:
     assert held.kept.allocation.size_bytes <= 1.02 * allocation(meets).size_bytes
 
 
+def test_what_meets_the_limit_alone_among_larger_ones_that_do_not_is_found() -> None:
+    over = []
+    for seed in range(30):
+        chance = np.random.default_rng(seed)
+        noise, limit = np.exp(chance.normal(0.0, 0.45, 2000)), math.exp(chance.uniform(-6.5, -2.0))
+
+        def measured(one: Allocation, noise: object = noise) -> float:
+            return one.predicted * noise[int(100 * math.log(one.size_bytes))]  # type: ignore[index] # another draw for each percent
+
+        held = hold(solve, lambda one: one, lambda one: {"kl": measured(one)}, {"kl": limit}, limit, 16)  # noqa: B023
+        sweep = [allocation(predicted) for predicted in np.exp(np.linspace(math.log(LEAST), 0.0, 200))]
+        meets = [one.size_bytes for one in sweep if measured(one) <= limit]
+        if meets:
+            assert held.kept.met
+            over.append(held.kept.allocation.size_bytes / min(meets) - 1.0)
+    assert np.mean(over) < 0.02 and np.mean(np.array(over) <= 0.03) >= 0.8
+
+
+def test_few_rounds_do_where_measured_follows_predicted() -> None:
+    held = hold(solve, lambda one: one, lambda one: {"kl": 2.0 * one.predicted}, {"kl": 0.01}, 0.01, 16)
+    assert held.kept.met and len(held.rounds) <= 5
+
+
 def test_what_cannot_be_met_ends_with_the_best() -> None:
     held = hold(solve, lambda one: one, lambda one: {"kl": 3.0 + one.predicted}, {"kl": 0.01}, 0.01, 8)
     assert not held.kept.met and held.kept.allocation.predicted == min(one.allocation.predicted for one in held.rounds)
+
+
+def test_what_has_the_least_predicted_degradation_is_not_the_last_hope() -> None:
+    chance = np.random.default_rng(0)
+    noise = np.exp(chance.normal(0.0, 0.45, 2000))
+    noise[int(100 * math.log(allocation(LEAST).size_bytes))] = 2.0
+    held = hold(
+        solve, lambda one: one, lambda one: {"kl": one.predicted * noise[int(100 * math.log(one.size_bytes))]}, {"kl": LEAST}, LEAST, 16
+    )
+    assert not held.rounds[0].met and held.kept.met
 
 
 def test_one_round_where_no_limit_is_on_degradation() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from subbyte import Fisher, KLDivergence, LayerError, Measured, ModelError, OptionError, OutputLoss, OwnLoss, RelativeSquaredError
+from subbyte.allocate import fisher
 from subbyte.allocate.sensitivity import Sensitivity, SensitivityMethod, sensitivity_of
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.loss import Disagreement, measure
@@ -173,3 +174,13 @@ def test_a_layer_that_nothing_reads_costs_nothing_at_any_width() -> None:
 def test_a_layer_that_counts_and_gets_no_gradient_is_refused() -> None:
     with pytest.raises(LayerError, match="use the sensitivity method Measured"):
         table(case(Unread(step=True), torch.randn(40, 6)), Fisher(), RelativeSquaredError())
+
+
+def test_fisher_finds_the_same_whichever_way_products_are_formed(network: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = table(network, Fisher(), KLDivergence())
+    for name, value in {"GRADIENT_POSITIONS": 10**9, "MOST_GRADIENTS": 1}.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(fisher, name, value)
+            other = table(network, Fisher(), KLDivergence())
+        for layer, row in found.losses.items():
+            assert list(other.losses[layer].values()) == pytest.approx(list(row.values()), rel=1e-3)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from subbyte.model.layers import survey
-from subbyte.model.operators import Convolution, Linear, Operator, operator_of
+from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -53,6 +53,17 @@ def check(module: nn.Module, x: Tensor) -> None:
     values = torch.arange(1.0, groups * outputs + 1).double()
     scaled = operator.to_matrix(weight * operator.per_channel(values, weight))
     assert torch.equal(scaled, matrix * values.view(groups, outputs, 1))
+    if x.dim() == len(operator.layout(x)) + 1:
+        check_weight_gradients(operator, weight, x)
+
+
+def check_weight_gradients(operator: Operator, weight: Tensor, x: Tensor) -> None:
+    gradient = torch.randn_like(operator(x, weight, None))
+    found = operator.weight_gradients(x, gradient, weight)
+    for sample in range(len(x)):
+        own = weight.clone().requires_grad_()
+        (operator(x[sample : sample + 1], own, None) * gradient[sample : sample + 1]).sum().backward()
+        torch.testing.assert_close(found[sample], own.grad)
 
 
 @st.composite
@@ -215,3 +226,8 @@ def test_the_conv1d_of_transformers_is_a_linear_with_its_weight_transposed() -> 
     assert matrix.shape == (1, 5, 3) and torch.equal(operator.from_matrix(matrix), module.weight)
     steps = torch.arange(1.0, 6.0)
     assert torch.equal(operator.to_matrix(module.weight * operator.per_channel(steps, module.weight))[0], matrix[0] * steps[:, None])
+
+
+def test_weight_gradients_of_tables_and_of_the_conv1d_of_transformers() -> None:
+    check_weight_gradients(Lookup(), torch.randn(5, 3).double(), torch.randint(5, (4, 6)))
+    check_weight_gradients(Linear(transposed=True), torch.randn(5, 3).double(), torch.randn(4, 6, 5).double())

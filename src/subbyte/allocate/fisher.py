@@ -6,9 +6,13 @@ the layer's output. To second order in `dy`
     KL(float || quantized)        =  E[(g . dy)^2] / 2      g of log p(label), the label drawn from the model itself
     || z_float - z_quantized ||^2  =  E[(g . dy)^2]          g of r . z, the signs r drawn at random
 
-The loss provides the scalar, `OutputLoss.probe`. `dy` comes from the layer alone, on its float input: one layer forward for each option.
-With K options and D draws the table costs a forward, D backward passes (towards inputs only, each about a forward) and K + 1 layer
-forwards.
+The loss provides the scalar, `OutputLoss.probe`. With `y = W x + b` and a quantized weight `W + dW`, input `x + dx` and bias `b + db`
+
+    g . dy  =  <G, dW> + h . dx + g . db          G = g x^T, the sample's gradient for the weight;  h = W^T g, that at the layer's input
+
+but for `dW dx`, which is of second order in what quantization changes. `G` does not depend on the option and comes at the cost of one
+layer forward for each draw, `h` comes with the backward pass; what is left for each option is the rounding of the input and three products
+of what is there. With D draws the table costs a forward, D backward passes towards inputs and D towards weights, each about a forward.
 """
 
 from __future__ import annotations
@@ -25,7 +29,10 @@ from subbyte.calibrate.loss import OutputLoss
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, sample_count
 from subbyte.model.padding import read_outputs
+from subbyte.quantizers.affine import fake_quantize
 
+GRADIENT_POSITIONS = 50  # writing and reading a sample's gradient for the weight takes as long as a forward of so many positions
+MOST_GRADIENTS = 2**24  # numbers of the samples' gradients for a weight that are held at once
 NO_GRADIENT = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
 
 
@@ -71,6 +78,29 @@ class Fisher(SensitivityMethod):
             ModelError: if the model cannot be differentiated.
             OptionError: if the loss has no probe.
         """
+        changes, below = self.changes(model, layers, batch, loss, generator)
+        return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+
+    def changes(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], float]:
+        """`g . dy` of every layer, draw, option and sample; to second order, layers do together the square of their sum.
+
+        Args:
+            model: see `share`.
+            layers: see there.
+            batch: see there.
+            loss: see there.
+            generator: see there.
+
+        Returns:
+            By layer name, float64 (draws, options, samples); and the denominator of the mean loss.
+
+        Raises:
+            LayerError: see `share`.
+            ModelError: see there.
+            OptionError: see there.
+        """
         samples = sample_count(batch)
         calls: list[_Call] = []
         with torch.enable_grad(), _recording(model, layers, calls):
@@ -84,17 +114,16 @@ class Fisher(SensitivityMethod):
             unread = _unread(model, batch, calls, output)
             while calls:
                 one = calls.pop()
-                if one.layer.item.layer.name in unread:
-                    continue
-                changes[one.layer.item.layer.name] += one.changes(samples)
+                if one.layer.item.layer.name not in unread:
+                    changes[one.layer.item.layer.name] += one.changes(samples)
             below = sum(float(loss.total(tensor, tensor)[1]) for tensor in output)
-        return BatchShare({name: change.square().sum(dim=2).mean(dim=0) for name, change in changes.items()}, below)
+        return changes, below
 
 
 def _unread(model: nn.Module, batch: Batch, calls: Sequence[_Call], output: Sequence[Tensor]) -> set[str]:
     """Names of the layers that get no gradient because the model's output does not depend on them: a pooler that nobody reads."""
     layers = {one.layer.item.layer.name: one.layer for one in calls}
-    layers = {name: layer for name, layer in layers.items() if not any(one.gradients for one in calls if one.layer is layer)}
+    layers = {name: layer for name, layer in layers.items() if not any(one.by_weight for one in calls if one.layer is layer)}
     for name, layer in layers.items():
         handle = layer.item.original.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
         try:
@@ -115,11 +144,36 @@ def _backward(scalar: Tensor, *, again: bool) -> None:
 
 @dataclass(eq=False)
 class _Call:
-    """One call of a layer: its input, and the gradients of all draws at its output."""
+    """One call of a layer: its input, and what has come back to it, for each draw.
+
+    `by_weight` holds `<G, dW> + g . db`, float64 (options, N); `at_input` holds `h`, float32, the shape of `x`.
+    """
 
     layer: LayerOptions
     x: Tensor
-    gradients: list[Tensor] = field(default_factory=list)
+    by_weight: list[Tensor] = field(default_factory=list)
+    at_input: list[Tensor] = field(default_factory=list)
+
+    def at_output(self, g: Tensor) -> None:
+        """Takes the gradient at the layer's output, float32, the shape of the output."""
+        item, states = self.layer.item, self.layer.states.values()
+        operator, x = item.layer.operator, self.x
+        weight, bias = self.layer.float_weight(), self.layer.float_bias()
+        positions = operator.count(x)[1]
+        if operator.multiplies and len(states) * positions > positions + GRADIENT_POSITIONS:
+            changes = torch.stack([state.weight(operator) - weight for state in states]).flatten(1)
+            most = max(1, MOST_GRADIENTS // weight.numel())
+            parts = (operator.weight_gradients(xs, gs, weight) for xs, gs in zip(x.split(most), g.split(most), strict=True))
+            found = torch.cat([changes @ part.flatten(1).mT for part in parts], dim=1)
+        else:
+            moves = (operator(x, state.weight(operator) - weight, None) for state in states)
+            found = torch.stack([move.mul_(g).flatten(1).sum(dim=1) for move in moves])
+        if operator.multiplies:
+            channels = g.movedim(operator.channel_dimension, -1)
+            sums = channels.reshape(len(g), -1, channels.shape[-1]).sum(dim=1)  # (N, C_out)
+            moved = torch.stack([torch.zeros_like(sums[0]) if state.bias is None else state.bias for state in states])
+            found += (moved if bias is None else moved - bias) @ sums.mT
+        self.by_weight.append(found.double().cpu())
 
     def changes(self, samples: int) -> Tensor:
         """`g . dy` for every draw, option and sample, float64 (draws, options, samples).
@@ -127,37 +181,51 @@ class _Call:
         Where the layer's first dimension counts something else than samples, all of it is put to the first sample: draws for different
         samples are independent and have mean zero, so that the square of the sum is still right on average.
         """
-        if not self.gradients:
+        if not self.by_weight:
             raise LayerError(self.layer.item.layer.name, NO_GRADIENT)
-        gradients = torch.stack(self.gradients).flatten(2)  # (draws, N, numbers)
-        plain = self.layer.float_output(self.x)
-        found = []
-        for option in self.layer.states:
-            change = (self.layer.output(self.x, option) - plain).flatten(1)
-            found.append((gradients * change).sum(dim=2, dtype=torch.float64))
-        dots = torch.stack(found, dim=1).cpu()  # (draws, options, N)
+        dots = torch.stack(self.by_weight)  # (draws, options, N)
+        if self.at_input:
+            dots += self._by_input()
         if dots.shape[2] == samples:
             return dots
         return torch.cat([dots.sum(dim=2, keepdim=True), dots.new_zeros(*dots.shape[:2], samples - 1)], dim=2)
 
+    def _by_input(self) -> Tensor:
+        """`h . dx`, float64 (draws, options, N)."""
+        known: dict[object, Tensor] = {None: self.x.new_zeros(len(self.at_input), len(self.x))}
+        found = []
+        for activation in (state.activation for state in self.layer.states.values()):
+            key = None if activation is None else (float(activation[0]), int(activation[1]), activation[2])
+            if activation is not None and key not in known:
+                dx = fake_quantize(self.x, *activation).sub_(self.x)
+                known[key] = torch.stack([(h * dx).flatten(1).sum(dim=1) for h in self.at_input])
+            found.append(known[key])
+        return torch.stack(found, dim=1).double().cpu()
+
 
 @contextlib.contextmanager
 def _recording(model: nn.Module, layers: Sequence[LayerOptions], calls: list[_Call]) -> Iterator[None]:
-    """Layers note what they are called with; their outputs join the graph, even where nothing before them wants a gradient."""
+    """Layers run on a copy of their input, which the model cannot change in place, and note it and the gradients that come back."""
+
+    def copied(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]):  # type: ignore[no-untyped-def]
+        return tuple(map(_copy, args)), {name: _copy(value) for name, value in kwargs.items()}
 
     def recorder(layer: LayerOptions):  # type: ignore[no-untyped-def]
         def record(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             (x,) = (*args, *kwargs.values())
-            if not output.requires_grad:
+            if not output.requires_grad:  # a table's input has no gradient
                 output = output + torch.zeros((), device=output.device, requires_grad=True)  # no leaf, so that it may be changed in place
-            one = _Call(layer, x.detach().clone())  # a copy: the model may change its tensors in place
-            output.register_hook(one.gradients.append)  # of what the layer returned, also where it is changed in place afterwards
+            one = _Call(layer, x.detach())
+            output.register_hook(one.at_output)  # of what the layer returned, also where it is changed in place afterwards
+            if x.requires_grad:
+                x.register_hook(one.at_input.append)
             calls.append(one)
             return output
 
         return record
 
-    handles = [layer.item.original.register_forward_hook(recorder(layer), with_kwargs=True) for layer in layers]
+    handles = [layer.item.original.register_forward_pre_hook(copied, with_kwargs=True) for layer in layers]
+    handles += [layer.item.original.register_forward_hook(recorder(layer), with_kwargs=True) for layer in layers]
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
@@ -168,3 +236,8 @@ def _recording(model: nn.Module, layers: Sequence[LayerOptions], calls: list[_Ca
             parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
+
+
+def _copy(x: Tensor) -> Tensor:
+    """A copy of a layer's input that gets a gradient, of which autograd keeps nothing."""
+    return x.clone().requires_grad_() if x.is_floating_point() else x.clone()

@@ -3,15 +3,20 @@
 The prediction adds up layers that were measured alone. How far it is from the truth depends on the widths, so it is corrected where it
 is used: solve for a predicted degradation `rhs`, assemble, measure, and move `rhs` to where the measured value should meet the limit. With
 `v` the measured value over its limit (the largest, of several), `log v` is interpolated over `log rhs` between the nearest `rhs` that
-met the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`. Measured values scatter around their
-trend, so that a miss does not prove that nothing smaller would meet the limit: the rounds that are left try a little beyond.
+met the limit and the nearest that missed it; with one side only, `v` is taken to grow like `rhs`.
+
+Measured values scatter around their trend, so that a miss does not prove that nothing smaller would meet the limit. Once nothing is left
+between the two sides, the frontier is walked on from the smallest that meets the limit: what is smaller by a step each is assembled and
+measured, until the rounds are used up, or the scatter of what was measured makes it improbable that anything further on meets the limit.
+Where the scatter is large, a second walk has steps of half the size.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import fmean, stdev
 from typing import Generic, TypeVar
 
 from subbyte.allocate.allocation import DEGRADATION, Allocation
@@ -20,8 +25,12 @@ from subbyte.errors import InfeasibleError
 Assembled = TypeVar("Assembled")
 
 CLOSE = 0.015  # values that differ by less than this share are taken to be neighbours
-BEYOND = (1.25, 1.6, 2.2, 3.0, 4.5, 7.0)  # times the predicted degradation of the nearest miss: what is tried beyond it
+STEP = 1.02  # of the predicted degradation, by which the frontier is walked
+MOST_STEPS = 120
 MOST_REPEATS = 16
+LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation, while few have been measured
+SCATTERED = 0.2  # of that logarithm: above it, what meets a limit may stand alone among neighbours that do not
+IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
 
 
@@ -108,27 +117,18 @@ def hold(
     """
     done: list[Round] = []
     best: tuple[Round, Assembled] | None = None
-    least, rhs, repeats = 0.0, start, 0
-    while len(done) < rounds and repeats < MOST_REPEATS:
-        try:
-            allocation = solve(rhs)
-        except InfeasibleError as error:
-            if error.limit != DEGRADATION or error.nearest is None:
-                raise
-            rhs = least = error.nearest * (1 + 1e-9) + 1e-300
-            allocation = solve(least)
-        if rhs is not None and any(allocation.options == earlier.allocation.options for earlier in done):
-            repeats += 1
-            rhs = _after_repeat(done, rhs)
-        else:
-            assembled = assemble(allocation)
-            measured = dict(measure(assembled))
-            here = Round(allocation, measured, excess_of(measured, limits))
-            done.append(here)
-            if best is None or _better(here, best[0]):
-                best = (here, assembled)
-            rhs = None if rhs is None else _next(done, least)
-        if rhs is None:
+    search = _Search(solve, done)
+    while len(done) < rounds:
+        allocation = search.first(start) if not done else search.next()
+        if allocation is None:
+            break
+        assembled = assemble(allocation)
+        measured = dict(measure(assembled))
+        here = Round(allocation, measured, excess_of(measured, limits))
+        done.append(here)
+        if best is None or _better(here, best[0]):
+            best = (here, assembled)
+        if start is None:
             break
     assert best is not None
     return Held(best[1], best[0], tuple(done))
@@ -142,49 +142,98 @@ def _better(here: Round, there: Round) -> bool:
     return here.excess < there.excess
 
 
+@dataclass(eq=False)
+class _Search:
+    """Which allocation is tried next.
+
+    Args:
+        solve: see `hold`.
+        done: the rounds so far; others add to it.
+        least: the smallest predicted degradation that any allocation has, once it is known.
+        frontier: what was solved on walks, by the power of `STEP`.
+    """
+
+    solve: Callable[[float | None], Allocation]
+    done: list[Round]
+    least: float = 0.0
+    frontier: dict[int, Allocation] = field(default_factory=dict)
+
+    def first(self, rhs: float | None) -> Allocation:
+        """The best with at most this predicted degradation, or the one with the least there is."""
+        try:
+            return self.solve(rhs)
+        except InfeasibleError as error:
+            if error.limit != DEGRADATION or error.nearest is None:
+                raise
+            self.least = error.nearest * (1 + 1e-9) + 1e-300
+            return self.solve(self.least)
+
+    def next(self) -> Allocation | None:
+        """The next one, none of those tried, or None if none is worth it."""
+        met, missed = _sides(self.done)
+        if met is None:
+            nearest, lower = missed[0], None
+            if nearest.allocation.predicted > self.least * (1 + 1e-6):
+                share = max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25
+                lower = self._new(self.first(nearest.allocation.predicted * share))
+            return lower or self._walk(nearest.allocation, CLOSE)  # nothing has less degradation: what has more may still do by chance
+        if not missed:
+            return self._onwards(met.allocation.predicted * min(8.0, max(1.25, AIM / max(met.excess, 1e-12))), 1.5, most=MOST_REPEATS)
+        if met.allocation.value - missed[0].allocation.value > CLOSE * abs(met.allocation.value):
+            between = self._onwards(_between(met, missed[0]), STEP, before=missed[0].allocation.predicted)
+            if between is not None:
+                return between
+        spacings = (CLOSE, CLOSE / 2) if self._trend()[1] > SCATTERED else (CLOSE,)
+        return next(filter(None, (self._walk(met.allocation, spacing) for spacing in spacings)), None)
+
+    def _new(self, allocation: Allocation) -> Allocation | None:
+        """The allocation, unless it was tried."""
+        return None if any(allocation.options == one.allocation.options for one in self.done) else allocation
+
+    def _onwards(self, rhs: float, factor: float, *, before: float = math.inf, most: int = MOST_STEPS) -> Allocation | None:
+        """The first that was not tried from this predicted degradation on."""
+        for _ in range(most):
+            if rhs >= before:
+                return None
+            allocation = self._new(self.solve(rhs))
+            if allocation is not None:
+                return allocation
+            rhs *= factor
+        return None
+
+    def _walk(self, met: Allocation, spacing: float) -> Allocation | None:
+        """The next one along the frontier: smaller than what meets the limits, and this share of it away from all that was tried."""
+        mean, scatter = self._trend()
+        most = math.exp(IMPROBABLE * scatter - mean)
+        tried = [one.allocation.value for one in self.done]
+        first = math.floor(math.log(max(met.predicted, 1e-300), STEP)) + 1
+        for step in range(first, first + MOST_STEPS):
+            allocation = self._at(step)
+            if allocation.predicted > most:
+                return None
+            if allocation.value < met.value and all(abs(allocation.value - value) >= spacing * abs(met.value) for value in tried):
+                return allocation
+        return None
+
+    def _at(self, step: int) -> Allocation:
+        """The frontier where its predicted degradation is at most `STEP` to this power."""
+        if step not in self.frontier:
+            self.frontier[step] = self.solve(STEP**step)
+        return self.frontier[step]
+
+    def _trend(self) -> tuple[float, float]:
+        """Mean and standard deviation of the logarithm of measured over limit and over predicted degradation."""
+        pairs = [(one.excess, one.allocation.predicted) for one in self.done]
+        shifts = [math.log(excess / predicted) for excess, predicted in pairs if 0 < excess < math.inf and predicted > 0]
+        return fmean(shifts or [0.0]), max(LEAST_SCATTER, stdev(shifts) if len(shifts) > 1 else 0.0)
+
+
 def _sides(done: Sequence[Round]) -> tuple[Round | None, list[Round]]:
     """The round that met the limits with the most predicted degradation, and those that missed them with more, by predicted degradation."""
     met = max((one for one in done if one.met), key=lambda one: one.allocation.predicted, default=None)
     least = -math.inf if met is None else met.allocation.predicted
     missed = [one for one in done if not one.met and one.allocation.predicted > least]
     return met, sorted(missed, key=lambda one: one.allocation.predicted)
-
-
-def _next(done: Sequence[Round], least: float) -> float | None:
-    """The right-hand side of the next round, or None if none is worth it; `least` is the smallest that any allocation has, if known."""
-    met, missed = _sides(done)
-    if met is None:
-        nearest = missed[0]
-        predicted = nearest.allocation.predicted
-        if predicted <= least * (1 + 1e-6):
-            return None  # nothing has less degradation than what missed
-        return predicted * (max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25)
-    if not missed:
-        return met.allocation.predicted * min(8.0, max(1.25, AIM / max(met.excess, 1e-12)))
-    nearest = missed[0]
-    if met.allocation.value - nearest.allocation.value > CLOSE * abs(met.allocation.value):
-        return _between(met, nearest)
-    return _beyond(missed)
-
-
-def _after_repeat(done: Sequence[Round], rhs: float) -> float | None:
-    """The right-hand side after one whose allocation was tried already."""
-    met, missed = _sides(done)
-    if met is not None and not missed:
-        return rhs * 1.5
-    if met is not None and 1.02 * rhs < missed[0].allocation.predicted:  # nothing between what met the limit and here: go on to the miss
-        return math.sqrt(rhs * missed[0].allocation.predicted)
-    return _beyond([one for one in missed if one.allocation.predicted >= rhs / max(BEYOND)] or missed, above=rhs)
-
-
-def _beyond(missed: Sequence[Round], above: float = 0.0) -> float | None:
-    """A right-hand side a little above the nearest miss, where none was tried yet."""
-    tried = [one.allocation.predicted for one in missed]
-    for factor in BEYOND:
-        rhs = tried[0] * factor
-        if rhs > above * (1 + 1e-9) and not any(0.9 * rhs < other <= rhs for other in tried):
-            return rhs
-    return None
 
 
 def _between(met: Round, missed: Round) -> float:

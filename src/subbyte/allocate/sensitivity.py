@@ -128,9 +128,18 @@ class LayerOptions:
         Args:
             x: the layer's input, float32, the shape that the layer accepts.
         """
-        weight, bias = self.item.original.weight, getattr(self.item.original, "bias", None)
+        return self.item.layer.operator(x, self.float_weight(), self.float_bias())
+
+    def float_weight(self) -> Tensor:
+        """The float layer's weight, float32, the layer's weight shape."""
+        weight = self.item.original.weight
         assert isinstance(weight, Tensor)
-        return self.item.layer.operator(x, weight.detach(), bias.detach() if isinstance(bias, Tensor) else None)
+        return weight.detach()
+
+    def float_bias(self) -> Tensor | None:
+        """The float layer's bias, float32 (C_out,), or None."""
+        bias = getattr(self.item.original, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,12 +8,13 @@ where there is a zero.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - the name that everyone knows it by
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from subbyte.model.operator import Operator
 
@@ -94,9 +95,7 @@ class Convolution(Operator):
         convolve = (F.conv1d, F.conv2d, F.conv3d)[self.dimensions - 1]
         if self.padding_mode == "zeros" and all(before == after for before, after in self.padding):
             return convolve(x, weight, bias, self.stride, [before for before, _ in self.padding], self.dilation, self.groups)
-        pads = [width for pair in reversed(self.padding) for width in pair]
-        x = F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        return convolve(x, weight, bias, self.stride, 0, self.dilation, self.groups)
+        return convolve(self._padded(x), weight, bias, self.stride, 0, self.dilation, self.groups)
 
     def layout(self, x: Tensor) -> tuple[int, ...]:
         """See `Operator`.
@@ -182,6 +181,35 @@ class Convolution(Operator):
         if self.transposed:
             return values.reshape(-1, 1, *ones)
         return values.view(self.groups, -1).repeat_interleave(weight.shape[0] // self.groups, dim=0).reshape(*weight.shape[:2], *ones)
+
+    def weight_gradients(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Operator`. One convolution with a group for each sample and group; `y` of a transposed one is linear in the weight as the
+        input of the plain one is: input and gradient change places.
+
+        Args:
+            x: float (samples, C_in, ...).
+            gradient: float (samples, C_out, ...).
+            weight: float (C_out, C_in/G, ...) or, transposed, (C_in, C_out/G, ...).
+        """
+        padding = [before for before, _ in self.padding]
+        if self.transposed:
+            x, gradient = gradient, x
+            sizes = replace(self, transposed=False)._output_sizes(tuple(x.shape[2:]))  # at least what there is: zeros behind it
+            gradient = F.pad(gradient, [w for n, have in zip(sizes, gradient.shape[2:], strict=True) for w in (n - have, 0)][::-1])
+        elif self.padding_mode != "zeros" or any(before != after for before, after in self.padding):
+            x, padding = self._padded(x), [0] * self.dimensions
+        samples, shape = len(x), (len(x) * weight.shape[0], *weight.shape[1:])
+        gradient_of = (conv1d_weight, conv2d_weight, conv3d_weight)[self.dimensions - 1]
+        folded = x.reshape(1, -1, *x.shape[2:]), gradient.reshape(1, -1, *gradient.shape[2:])
+        found: Tensor = gradient_of(  # type: ignore[no-untyped-call]
+            folded[0], shape, folded[1], self.stride, padding, self.dilation, samples * self.groups
+        )
+        return found.view(samples, *weight.shape)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """The input of a plain convolution with its padding, (..., padded sizes)."""
+        pads = [width for pair in reversed(self.padding) for width in pair]
+        return F.pad(x, pads, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
 
     def _output_sizes(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
         """Spatial size of the output."""

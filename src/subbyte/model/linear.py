@@ -99,6 +99,17 @@ class Linear(Operator):
         """
         return values[:, None] if self.transposed else values
 
+    def weight_gradients(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Operator`.
+
+        Args:
+            x: float (samples, ..., n).
+            gradient: float (samples, ..., O).
+            weight: float (O, n), or (n, O).
+        """
+        x, gradient = (values.reshape(values.shape[0], -1, values.shape[-1]) for values in (x, gradient))
+        return x.mT @ gradient if self.transposed else gradient.mT @ x
+
 
 @dataclass(frozen=True)
 class Lookup(Operator):
@@ -192,3 +203,15 @@ class Lookup(Operator):
             TypeError: always; ask `multiplies` first.
         """
         raise TypeError("a table is looked up in; it has no input channels")
+
+    def weight_gradients(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """See `Operator`.
+
+        Args:
+            x: int64 or int32 (samples, ...).
+            gradient: float (samples, ..., n).
+            weight: float (O, n).
+        """
+        index, rows = x.reshape(x.shape[0], -1), gradient.reshape(gradient.shape[0], -1, gradient.shape[-1])
+        found = gradient.new_zeros(x.shape[0], *weight.shape)
+        return found.scatter_add_(1, index.long()[:, :, None].expand_as(rows), rows)

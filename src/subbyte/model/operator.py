@@ -110,3 +110,16 @@ class Operator(ABC):
             values: any dtype, (C_in,).
             weight: any dtype, the layer's weight shape.
         """
+
+    @abstractmethod
+    def weight_gradients(self, x: Tensor, gradient: Tensor, weight: Tensor) -> Tensor:
+        """For each sample by itself, the gradient of `sum gradient * y` for the weight.
+
+        Args:
+            x: input, float (samples, ...), as the layer accepts it, with a dimension of samples.
+            gradient: float, the shape of the layer's output for `x`.
+            weight: the layer's weight shape; its numbers are not read.
+
+        Returns:
+            Float (samples, ...), the weight's shape behind the samples.
+        """
