@@ -136,7 +136,7 @@ def limits(task: Task, count: int, seed: int) -> None:
     first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9, choices=Choices()), seed=seed, bank=bank)
     assert first.plan is not None
     sweep = []
-    recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out), loss=KLDivergence())
+    recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out), loss=KLDivergence(), mixtures=0)
     for point in first.plan.frontier(60):
         fixed = subbyte.quantize(
             task.model, task.calibration, widths=Widths(pinned=dict(point.options)), recipe=recipe, seed=seed, bank=bank
