@@ -22,6 +22,7 @@ import subbyte
 from subbyte import Bank, Budget, Choices, Fisher, KLDivergence, Measured, Recipe, RelativeSquaredError, Widths
 from subbyte.allocate.allocation import Market
 from subbyte.allocate.sensitivity import STAGE
+from subbyte.calibrate.whole import Judge
 from subbyte.run.events import Event, StageFinished, StageStarted
 from subbyte.tasks import TASKS, Task
 from subbyte.widths import Option
@@ -136,12 +137,12 @@ def limits(task: Task, count: int, seed: int) -> None:
     first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9, choices=Choices()), seed=seed, bank=bank)
     assert first.plan is not None
     sweep = []
-    recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out), loss=KLDivergence(), mixtures=0)
+    recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out))  # as where KL is limited
     for point in first.plan.frontier(60):
-        fixed = subbyte.quantize(
-            task.model, task.calibration, widths=Widths(pinned=dict(point.options)), recipe=recipe, seed=seed, bank=bank
-        )
-        sweep.append((fixed.size_bytes, fixed.loss))
+        budget = Budget(bytes=point.size_bytes, loss=KLDivergence(), choices=Choices())
+        fixed = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=recipe, seed=seed, bank=bank)
+        divergence = Judge.of(fixed.original, fixed.calibration, KLDivergence()).loss_of(fixed.model)
+        sweep.append((fixed.size_bytes, divergence))
     met, worst, rounds = 0, 0.0, []
     reachable = [loss for _, loss in sweep]
     for limit in np.exp(chance.uniform(np.log(min(reachable) * 1.1), np.log(max(reachable)), count)):
