@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import subbyte
 from subbyte import LayerError, ModelError, Recipe, RoundToNearest, Widths
+from subbyte.calibrate.whole import Judge
 from subbyte.export.pack_quantized import _packed_rows
 from subbyte.model.quantized_layer import QuantizedLayer
 
@@ -66,7 +67,8 @@ def test_a_bias_that_the_float_layer_has_not_goes_and_the_loss_is_measured_witho
     result = subbyte.quantize(model, torch.rand(128, 33), widths=Widths(2, None))
     done = result.export_compressed_tensors(tmp_path)
     assert done.without_bias == ("0",) and "biases that calibration gave to 0" in str(done)
-    assert done.model_loss == pytest.approx(result.loss) and done.loss != done.model_loss
+    held_out = Judge.of(result.original, result.calibration, result.recipe.loss).loss_of(result.model)
+    assert done.model_loss == pytest.approx(held_out) and done.loss != done.model_loss
     assert result.model[0].bias.abs().sum() > 0
 
 

@@ -28,7 +28,9 @@ CLOSE = 0.015  # values that differ by less than this share are taken to be neig
 STEP = 1.02  # of the predicted degradation, by which the frontier is walked
 MOST_STEPS = 120
 MOST_REPEATS = 16
-LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation, while few have been measured
+LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation
+UNKNOWN_SCATTER = 0.5  # the same, while fewer than `ENOUGH` have been measured and none of them meets the limit
+ENOUGH = 4
 SCATTERED = 0.2  # of that logarithm: above it, what meets a limit may stand alone among neighbours that do not
 IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
@@ -225,7 +227,8 @@ class _Search:
         """Mean and standard deviation of the logarithm of measured over limit and over predicted degradation."""
         pairs = [(one.excess, one.allocation.predicted) for one in self.done]
         shifts = [math.log(excess / predicted) for excess, predicted in pairs if 0 < excess < math.inf and predicted > 0]
-        return fmean(shifts or [0.0]), max(LEAST_SCATTER, stdev(shifts) if len(shifts) > 1 else 0.0)
+        least = LEAST_SCATTER if len(shifts) >= ENOUGH or any(one.met for one in self.done) else UNKNOWN_SCATTER
+        return fmean(shifts or [0.0]), max(least, stdev(shifts) if len(shifts) > 1 else 0.0)
 
 
 def _sides(done: Sequence[Round]) -> tuple[Round | None, list[Round]]:
