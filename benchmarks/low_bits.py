@@ -8,16 +8,17 @@ python benchmarks/low_bits.py --table docs/results/low_bits.json         # print
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import subbyte
-from subbyte.tasks import TASKS
+from subbyte.tasks import TASKS, Task
 
 THREADS = 2
 
@@ -72,26 +73,43 @@ def main() -> None:
         for seed in range(seeds) if options.seeds is None else map(int, options.seeds.split(",")):
             for name in options.recipe or RECIPES:
                 key = (network, weight_bits, activation_bits, samples, seed, name)
-                if any(tuple(row[part] for part in KEY) == key for row in rows):
-                    continue
-                rows.append(
-                    dict(zip(KEY, key, strict=True)) | measure(network, (weight_bits, activation_bits), samples, seed, RECIPES[name])
-                )
-                print(table(rows[-1:]).splitlines()[-1], flush=True)
-                if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=1) + "\n")
+                add_row(rows, key, functools.partial(measure, recipe=RECIPES[name]), options)
     print(table(rows))
 
 
+Key = tuple[str, int, int, int, int, str]
 KEY = ("network", "weight_bits", "activation_bits", "samples", "seed", "recipe")
 
 
-def measure(network: str, bits: tuple[int, int], samples: int, seed: int, recipe: subbyte.Recipe) -> dict[str, object]:
-    """Quantize one network once."""
+def add_row(rows: list[dict[str, object]], key: Key, measured: Callable[[Key], dict[str, object]], options: argparse.Namespace) -> None:
+    """Measure a row, print it and write the file, unless it is there already.
+
+    Args:
+        rows: so far.
+        key: values of `KEY`.
+        measured: the rest of the row.
+        options: with `out`, the file or None, and `threads`.
+    """
+    if any(tuple(row[part] for part in KEY) == key for row in rows):
+        return
+    rows.append(dict(zip(KEY, key, strict=True)) | measured(key))
+    print(rows[-1], flush=True)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=1) + "\n")
+
+
+def quantized(key: Key, recipe: subbyte.Recipe) -> tuple[Task, subbyte.Result]:
+    """A network at the widths of a row, first and last layer at 8 bits."""
+    network, weight_bits, activation_bits, samples, seed, _ = key
     task = TASKS[network](samples=samples, seed=seed)
-    widths = subbyte.Widths(*bits, pinned=dict.fromkeys(task.first_and_last, 8))
-    result = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe, seed=seed)
+    widths = subbyte.Widths(weight_bits, activation_bits, pinned=dict.fromkeys(task.first_and_last, 8))
+    return task, subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe, seed=seed)
+
+
+def measure(key: Key, recipe: subbyte.Recipe) -> dict[str, object]:
+    """Quantize one network once."""
+    task, result = quantized(key, recipe)
     return {
         "top1": round(task.score(result.model), 4),
         "loss": result.loss,

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from low_bits import KEY, Key, add_row, quantized
 
 import subbyte
-from subbyte.tasks import TASKS
 from subbyte.tasks.scoring import kl_divergence
 
 COUNTS = (1, 4, 16, 64, 256, 1024)
@@ -41,27 +41,13 @@ def main() -> None:
     for samples in map(int, options.counts.split(",")):
         for seed in map(int, options.seeds.split(",")):
             for name in RECIPES:
-                key = (options.network, weight_bits, activation_bits, samples, seed, name)
-                if any(tuple(row[part] for part in KEY) == key for row in rows):
-                    continue
-                rows.append(
-                    dict(zip(KEY, key, strict=True)) | measure(options.network, (weight_bits, activation_bits), samples, seed, name)
-                )
-                print(rows[-1], flush=True)
-                if options.out:
-                    options.out.parent.mkdir(parents=True, exist_ok=True)
-                    options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=1) + "\n")
+                add_row(rows, (options.network, weight_bits, activation_bits, samples, seed, name), measure, options)
     print(table(rows))
 
 
-KEY = ("network", "weight_bits", "activation_bits", "samples", "seed", "recipe")
-
-
-def measure(network: str, bits: tuple[int, int], samples: int, seed: int, recipe: str) -> dict[str, object]:
+def measure(key: Key) -> dict[str, object]:
     """Quantize one network once."""
-    task = TASKS[network](samples=samples, seed=seed)
-    widths = subbyte.Widths(*bits, pinned=dict.fromkeys(task.first_and_last, 8))
-    result = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=RECIPES[recipe], seed=seed)
+    task, result = quantized(key, RECIPES[key[-1]])
     return {
         "top1": round(task.score(result.model), 4),
         "kl": kl_divergence(task.model, result.model, task.test_inputs, preprocess=task.preprocess),
