@@ -114,8 +114,7 @@ class Result:
             ModelError: if torch.export cannot follow the model, whose program is asked for.
             FileError: if it cannot be written.
         """
-        packed = pack_model(self.model, self.structure, self.folds)
-        content = to_bytes(with_program(packed, self.model, self.calibration.batches) if program else packed)
+        content = self._content(program=program)
         write_file(path, content)
         return len(content)
 
@@ -235,8 +234,9 @@ class Result:
         """
         write_file(path, page(self.summary(exported, scores)).encode())
 
-    def _content(self) -> bytes:
-        return to_bytes(pack_model(self.model, self.structure, self.folds))
+    def _content(self, *, program: bool = False) -> bytes:
+        packed = pack_model(self.model, self.structure, self.folds)
+        return to_bytes(with_program(packed, self.model, self.calibration.batches) if program else packed)
 
     def __str__(self) -> str:
         """The receipt."""

@@ -80,16 +80,16 @@ def calibrate_(models: Models, data: CalibrationSet, method: Method, flavour: Fl
         LayerError: if a layer cannot be solved, or was reached by no batch.
     """
     started = time.perf_counter()
-    observer(StageStarted("calibrate", len(models.layers)))
-    solving = _Solving(data, method, kept, observer)
     repeated = tuple(item for item in models.multiplying if item.layer.calls > 1)
     alone = models.layers if flavour is not Flavour.SEQUENTIAL else repeated
+    in_order = tuple(item for item in models.layers if item not in repeated) if flavour is not Flavour.PARALLEL else ()
+    observer(StageStarted("calibrate", len(alone) + len(in_order)))
+    solving = _Solving(data, method, kept, observer)
     found = solving.run(models, alone, Flavour.PARALLEL, {}) if alone else {}
-    if flavour is not Flavour.PARALLEL:
+    if in_order:
         before = {item.layer.name: found[item.layer.name] for item in repeated}
         assign_(models, {name: judged.solution for name, judged in before.items()})
-        single = tuple(item for item in models.layers if item not in repeated)
-        found = replace(solving, given=found).run(models, single, flavour, before) if single else before
+        found = replace(solving, given=found).run(models, in_order, flavour, before)
     assign_(models, {name: judged.solution for name, judged in found.items()})
     observer(StageFinished("calibrate", time.perf_counter() - started))
     return {item.layer.name: found[item.layer.name] for item in models.layers}
