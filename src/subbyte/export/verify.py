@@ -105,7 +105,7 @@ class Verification:
             lines.append(f"{how}: {agreement}largest difference {check.largest_steps:.2f} output steps ({self.samples} samples)")
         if math.isnan(self.milliseconds):
             return "\n".join([*lines, f"not timed, and run in a reference only: there is no {self.target} here"])
-        lines.append(f"{self.timing} ({self.speed:.2f} times faster, {self.clock.threads} threads)")
+        lines.append(f"{self.timing} ({self.speed:.2f} times as fast, {self.clock.threads} threads)")
         return "\n".join(lines)
 
     @property
