@@ -55,6 +55,11 @@ def test_the_table_of_agreement_is_that_of_its_rows(monkeypatch: pytest.MonkeyPa
     assert benchmark("onnx_agreement", monkeypatch).table(rows("onnx_agreement")) in RESULTS
 
 
+def test_the_table_of_sample_counts_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    assert benchmark("sample_count", monkeypatch).table(rows("sample_count")) in RESULTS
+
+
 @pytest.mark.parametrize("name", ["text", "embeddings"])
 def test_the_tables_of_text_encoders_are_those_of_their_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
