@@ -19,6 +19,7 @@ from subbyte.model.padding import read_outputs
 
 STEPS = 255  # an output step is this part of what an output spans
 REPEATS = 30  # timed runs of each file, in turns
+TURN = 10  # runs of one file before the other has its turn
 
 
 @dataclass(frozen=True)
@@ -233,6 +234,8 @@ def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float
 def in_turns(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[list[float]]:
     """Seconds of every run of several functions, run in turns so that what else the machine does falls on all of them.
 
+    A turn is several runs: the threads of the runtime that ran before wait busily for a while, and take a processor from the first of them.
+
     Args:
         runs: to be timed.
         inputs: what each is called with.
@@ -241,9 +244,10 @@ def in_turns(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[list[flo
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:
         run(inputs)
-    for _ in range(repeats):
+    for at in range(0, repeats, TURN):
         for run, seconds in zip(runs, times, strict=True):
-            started = time.perf_counter()
-            run(inputs)
-            seconds.append(time.perf_counter() - started)
+            for _ in range(min(TURN, repeats - at)):
+                started = time.perf_counter()
+                run(inputs)
+                seconds.append(time.perf_counter() - started)
     return times
