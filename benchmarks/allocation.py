@@ -22,10 +22,13 @@ import subbyte
 from subbyte import Bank, Budget, Choices, Fisher, KLDivergence, Measured, Recipe, RelativeSquaredError, Widths
 from subbyte.allocate.allocation import Market
 from subbyte.allocate.sensitivity import STAGE
+from subbyte.calibrate.loss import measure
 from subbyte.calibrate.whole import Judge
 from subbyte.run.events import Event, StageFinished, StageStarted
 from subbyte.tasks import TASKS, Task
 from subbyte.widths import Option
+
+TEST_SAMPLES = 2000
 
 
 def main() -> None:
@@ -132,29 +135,51 @@ def timed(task: Task) -> float:
 
 
 def limits(task: Task, count: int, seed: int) -> None:
-    """Random limits on the KL divergence: whether each is met as measured, and how the size compares with a sweep of the frontier."""
+    """Random limits on the KL divergence: whether each is met as measured, and how the size compares with a sweep of the frontier.
+
+    Beside it the KL divergence on test samples, which no limit promises: in how many cases it is within the limit too, and in how many of
+    the sweep's models the test value is within what held-out samples alone, and with their mixtures, say.
+    """
     bank, chance = Bank(), np.random.default_rng(seed)
     first = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=1e9, choices=Choices()), seed=seed, bank=bank)
     assert first.plan is not None
-    sweep = []
     recipe = Recipe(sampling=replace(Recipe().sampling, held_out=Budget(kl=1.0).held_out))  # as where KL is limited
+    sweep, foreseen = [], np.zeros(2, dtype=int)
     for point in first.plan.frontier(60):
         budget = Budget(bytes=point.size_bytes, loss=KLDivergence(), choices=Choices())
         fixed = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=recipe, seed=seed, bank=bank)
-        divergence = Judge.of(fixed.original, fixed.calibration, KLDivergence()).loss_of(fixed.model)
-        sweep.append((fixed.size_bytes, divergence))
-    met, worst, rounds = 0, 0.0, []
+        alone = Judge.of(fixed.original, fixed.calibration, KLDivergence())
+        mixed = alone.with_mixtures(fixed.original, Budget(kl=1.0).mixtures, seed)
+        found = [judge.loss_of(fixed.model) for judge in (alone, mixed)]
+        tested = divergence(task, fixed)
+        foreseen += [tested <= value for value in found]
+        sweep.append((fixed.size_bytes, found[1]))
+        print(f"  {fixed.size_bytes:,} bytes: held out {found[0]:.4g}, with mixtures {found[1]:.4g}, test {tested:.4g}", flush=True)
+    print(f"test value within that of held-out samples: {foreseen[0]} of {len(sweep)}, with mixtures: {foreseen[1]}", flush=True)
+    met, worst, rounds, tests = 0, [], [], 0
     reachable = [loss for _, loss in sweep]
     for limit in np.exp(chance.uniform(np.log(min(reachable) * 1.1), np.log(max(reachable)), count)):
         result = subbyte.quantize(task.model, task.calibration, budget=Budget(kl=float(limit), choices=Choices()), seed=seed, bank=bank)
         assert result.plan is not None
         value = next(one.measured["kl"] for one in result.plan.rounds if one.allocation.options == result.allocation)
-        smallest = min(size for size, loss in sweep if loss <= limit)
-        met += value <= limit
-        worst = max(worst, result.size_bytes / smallest - 1.0)
+        smallest, tested = min(size for size, loss in sweep if loss <= limit), divergence(task, result)
+        met, tests = met + (value <= limit), tests + (tested <= limit)
+        worst.append(100 * (result.size_bytes / smallest - 1.0))
         rounds.append(len(result.plan.rounds))
-        print(f"  kl <= {limit:.4g}: {value:.4g} at {result.size_bytes:,} bytes, sweep {smallest:,}, {rounds[-1]} rounds", flush=True)
-    print(f"{task.name}: {met} of {count} met; at most {100 * worst:.1f} % above the sweep's smallest; {np.mean(rounds):.1f} rounds each")
+        sizes = f"{result.size_bytes:,} bytes, sweep {smallest:,}, {worst[-1]:+.1f} %"
+        print(f"  kl <= {limit:.4g}: {value:.4g} (test {tested:.4g}) at {sizes}, {rounds[-1]} rounds", flush=True)
+    close = sum(excess <= 3.0 for excess in worst)
+    print(f"{task.name}: {met} of {count} met, {tests} on test samples")
+    print(f"size: {close} at most 3 % above the sweep's smallest, all at most {max(worst):.1f} %")
+    print(f"rounds: {np.mean(rounds):.1f} on average, at most {max(rounds)}")
+
+
+@torch.no_grad()
+def divergence(task: Task, result: subbyte.Result) -> float:
+    """KL divergence from the float model on test samples, at most 2,000 of them, evenly spaced."""
+    inputs = task.test_inputs[:: max(1, len(task.test_inputs) // TEST_SAMPLES)]
+    batches = [batch if task.preprocess is None else task.preprocess(batch) for batch in inputs.split(task.batch_size)]
+    return measure(result.model, batches, [result.original(batch) for batch in batches], KLDivergence())
 
 
 if __name__ == "__main__":

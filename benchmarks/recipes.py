@@ -110,10 +110,8 @@ def main() -> None:
                 continue
             task = TASKS[network](samples=options.samples, seed=seed)
             images, forward_seconds = TestImages(task), forward(task)
-            bank, solved = (
-                subbyte.Bank(),
-                set[object](),
-            )  # one recipe's layers are there for the next one
+            bank = subbyte.Bank()  # one recipe's layers are there for the next one
+            solved: set[object] = set()
             for bits, name in wanted:
                 row: Row = {"network": network, "budget_bits": bits, "recipe": name, "seed": seed, "samples": options.samples}
                 try:

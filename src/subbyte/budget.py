@@ -37,7 +37,7 @@ class Budget:
     """What to make smallest, and what to keep within; any number of limits at once.
 
     Costs are counted before anything is assembled, bytes exactly as the packed file has them. Degradations hold as *measured* on held-out
-    samples of the assembled model: it is measured, the programme is corrected and solved again, a few times.
+    samples, and mixtures of them, of the assembled model: it is measured, the programme is corrected and solved again, a few times.
 
     Args:
         minimize: what to make smallest; None: the degradation where a cost is limited, the size where none is.
@@ -58,6 +58,8 @@ class Budget:
         loss: what sensitivities measure; None: KL divergence where a limit says that the model is a classifier (`kl`, `agreement`,
             `accuracy_drop`), the recipe's loss otherwise.
         held_out: share of the samples that judge, where a degradation is limited: it can only be met as finely as they can tell.
+        mixtures: of each held-out sample with others, that judge `kl` and `relative_error` beside it; 0: held-out samples alone. A
+            classifier is sure of samples that it was trained on, so that these alone promise a KL divergence many times too small.
         rounds: how often a model is assembled and measured, at most.
         best_effort: whether a degradation limit that cannot be met gives the best model found, and says so, instead of an error.
 
@@ -88,6 +90,7 @@ class Budget:
     seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None = None
     loss: OutputLoss | None = None
     held_out: float = 0.25
+    mixtures: int = 7
     rounds: int = 16
     best_effort: bool = False
 
@@ -108,6 +111,8 @@ class Budget:
             raise OptionError("a latency needs a `target` to measure layers in, or `seconds`, the time of each layer at each option")
         if not 0 < self.held_out <= 0.5 or self.rounds < 1:
             raise OptionError(f"held_out is above 0 and at most 0.5, rounds at least 1, not {self.held_out} and {self.rounds}")
+        if self.mixtures < 0:
+            raise OptionError(f"mixtures are counted from 0, not {self.mixtures}")
 
     def _check_limits(self) -> None:
         if self.size is not None and not 0 < self.size <= 1:

@@ -16,6 +16,7 @@ from subbyte.allocate.sensitivity import Sensitivity, sensitivity_of
 from subbyte.assemble import Assembled, Assembler
 from subbyte.budget import DEGRADATION_LOSSES, Budget
 from subbyte.calibrate.reconstruct import reconstruct
+from subbyte.calibrate.whole import Judge
 from subbyte.choices import Choices
 from subbyte.errors import InfeasibleError, OptionError
 from subbyte.export.latency import Profile, Timing, layers_at, measure_layers
@@ -187,13 +188,14 @@ def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assemble
     Raises:
         InfeasibleError: if no allocation is within the limits, as counted or as measured.
     """
-    judge, limits, losses = assembler.judge, budget.degradations, dict(DEGRADATION_LOSSES)
+    judge, limits = assembler.judge, budget.degradations
+    judges = _judges(assembler, budget)
     loss = budget.sensitivity_loss(assembler.recipe.loss)
     float_score = None if budget.score is None else budget.score(assembler.original)
 
     def measure(assembled: Assembled) -> dict[str, float]:
         model = assembled.models.quantized
-        found = {name: replace(judge, loss=losses[name]).loss_of(model) for name in limits if name in losses}
+        found = {name: one.loss_of(model) for name, one in judges.items()}
         if budget.score is not None and float_score is not None:
             found["accuracy_drop"] = float_score - budget.score(model)
         return found
@@ -209,9 +211,19 @@ def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assemble
     missed = {name: value for name, value in held.kept.measured.items() if not value <= limits[name]}
     if missed and not budget.best_effort:
         name, value = next(iter(missed.items()))
-        raise InfeasibleError(name, limits[name], value, f"as measured on {judge.held_out_samples} held-out samples")
+        mixtures = judges[name].mixtures if name in judges else 0
+        mixed = f" and {mixtures} mixtures of them" if mixtures else ""
+        raise InfeasibleError(name, limits[name], value, f"as measured on {judge.held_out_samples} held-out samples{mixed}")
     measured_loss = assembler.recipe.sensitivity.of_whole(judge, loss, assembler.original, held.assembled.models.quantized)
     return held.assembled, Plan(budget, market, held.kept.allocation, held.rounds, measured_loss, missed)
+
+
+def _judges(assembler: Assembler, budget: Budget) -> dict[str, Judge]:
+    """What measures each limited degradation; on which class is the largest, mixtures have no say, as no user means them by it."""
+    judge, mixtures = assembler.judge, budget.mixtures if assembler.recipe.mixtures else 0
+    with_mixtures = judge.with_mixtures(assembler.original, mixtures, assembler.calibration.seed)
+    judges = {name: judge if name == "disagreement" else with_mixtures for name in DEGRADATION_LOSSES if name in budget.degradations}
+    return {name: replace(one, loss=DEGRADATION_LOSSES[name]) for name, one in judges.items()}
 
 
 def _start(market: Market, budget: Budget) -> float | None:

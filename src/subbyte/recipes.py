@@ -44,7 +44,8 @@ class Recipe:
             inputs that are quantized call for it.
         loss: distance of the model's outputs from the float model's, by which the whole is judged on held-out samples. Squared error of
             logits tells good from bad on a few dozen samples, where KL divergence is mostly chance.
-        mixtures: with other held-out samples, how many of each judge the whole beside it; 0 for inputs of which no mixture makes sense.
+        mixtures: with other held-out samples, how many of each judge the whole beside it; 0 for inputs of which no mixture makes sense,
+            in a budget's limits neither.
             Integers, such as token ids, are never mixed.
         choices: the options of every layer, where a budget chooses the widths and has none of its own. A file holds no inputs: narrower
             ones than 8 bits would cost accuracy and save none of its bytes.

@@ -30,6 +30,7 @@ from subbyte import (
 )
 from subbyte.allocate.saved import load_market, market_data, market_from
 from subbyte.calibrate.loss import measure
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import FileError
 from subbyte.run.events import Event, LayerSolved, StepDone
 
@@ -135,12 +136,32 @@ def test_an_accuracy_that_the_user_measures() -> None:
 
 def test_a_limit_that_cannot_be_met_says_by_how_much() -> None:
     impossible = Budget(kl=1e-12)
-    with pytest.raises(InfeasibleError, match=r"kl within 1e-12 as measured on 24 held-out samples; the least is") as caught:
+    with pytest.raises(InfeasibleError, match=r"as measured on 24 held-out samples and 168 mixtures of them; the least is") as caught:
         quantized(impossible)
     assert caught.value.limit == "kl" and caught.value.nearest is not None and caught.value.nearest > 1e-12
     best = quantized(Budget(kl=1e-12, best_effort=True))
     assert best.plan is not None and best.plan.missed["kl"] > 1e-12
     assert any("kl is" in text and "above its limit" in text for text in best.warnings)
+
+
+def test_limits_are_measured_on_mixtures_too_unless_these_make_no_sense() -> None:
+    def measured(budget: Budget, recipe: Recipe) -> tuple[float, float, float]:
+        result = quantized(budget, recipe)
+        assert result.plan is not None
+        alone = Judge.of(result.original, result.calibration, KLDivergence())
+        mixed = alone.with_mixtures(result.original, 7, seed=0)
+        assert (alone.held_out_samples, mixed.mixtures) == (24, 168)
+        kept = next(one.measured["kl"] for one in result.plan.rounds if one.allocation.options == result.allocation)
+        return kept, alone.loss_of(result.model), mixed.loss_of(result.model)
+
+    kept, alone, mixed = measured(Budget(kl=0.02), Recipe())
+    assert kept == mixed != alone
+    kept, alone, mixed = measured(Budget(kl=0.02, mixtures=0), Recipe())
+    assert kept == alone != mixed
+    kept, alone, mixed = measured(Budget(kl=0.02), Recipe(mixtures=0))
+    assert kept == alone != mixed
+    with pytest.raises(OptionError, match="mixtures are counted from 0, not -1"):
+        Budget(kl=0.02, mixtures=-1)
 
 
 def test_sizes_that_cannot_be_had_name_the_nearest() -> None:

@@ -176,7 +176,7 @@ class _Search:
         if met is None:
             nearest, lower = missed[0], None
             if nearest.allocation.predicted > self.least * (1 + 1e-6):
-                share = max(0.1, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25
+                share = max(0.02, min(0.8, AIM / nearest.excess)) if nearest.excess < math.inf else 0.25
                 lower = self._new(self.first(nearest.allocation.predicted * share))
             return lower or self._walk(nearest.allocation, CLOSE)  # nothing has less degradation: what has more may still do by chance
         if not missed:

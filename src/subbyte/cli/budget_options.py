@@ -24,7 +24,10 @@ SizeOption = Annotated[
 BytesOption = Annotated[int | None, typer.Option("--bytes", metavar="N", help="Budget: bytes of the packed file.")]
 AverageBitsOption = Annotated[float | None, typer.Option("--average-bits", metavar="B", help="Budget: mean bits of all quantized weights.")]
 MaxKLOption = Annotated[
-    float | None, typer.Option("--max-kl", metavar="NATS", help="Budget, of a classifier: KL divergence as measured on held-out samples.")
+    float | None,
+    typer.Option(
+        "--max-kl", metavar="NATS", help="Budget, of a classifier: KL divergence as measured on held-out samples and mixtures of them."
+    ),
 ]
 MinAgreementOption = Annotated[
     float | None, typer.Option("--min-agreement", metavar="PERCENT", help="Budget, of a classifier: predictions as the float model's.")
