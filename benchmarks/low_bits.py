@@ -34,6 +34,8 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
+    "hybrid": subbyte.Recipe(flavour=subbyte.Flavour.HYBRID, refinements=(subbyte.Networkwise(),)),
+    "hybrid, flipped": subbyte.Recipe(flavour=subbyte.Flavour.HYBRID, refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
 }
 ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activation bits, samples, seeds
     ("resnet20", 4, 4, 256, 3),
@@ -44,9 +46,11 @@ ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activati
     ("resnet20", 3, 3, 1024, 1),
     ("resnet20", 2, 4, 1024, 1),
     ("resnet20", 2, 2, 1024, 1),
-    ("resnet56", 4, 4, 256, 1),
-    ("mobilenet_v1", 4, 8, 256, 1),
-    ("mobilenet_v1", 4, 4, 256, 1),
+    ("resnet56", 4, 4, 256, 3),
+    ("mobilenet_v1", 4, 8, 256, 3),
+    ("mobilenet_v1", 4, 4, 256, 3),
+    ("mobilenet_v1", 4, 8, 512, 1),
+    ("mobilenet_v1", 4, 4, 512, 1),
 ]
 
 
@@ -57,6 +61,7 @@ def main() -> None:
     parser.add_argument("--seeds", help="only these, such as 0,1")
     parser.add_argument("--recipe", choices=sorted(RECIPES), action="append")
     parser.add_argument("--samples", type=int, help="only rows with so many samples")
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and those it has are not measured again")
     parser.add_argument("--table", type=Path, help="print the table of such a file and stop")
@@ -73,7 +78,7 @@ def main() -> None:
         for seed in range(seeds) if options.seeds is None else map(int, options.seeds.split(",")):
             for name in options.recipe or RECIPES:
                 key = (network, weight_bits, activation_bits, samples, seed, name)
-                add_row(rows, key, functools.partial(measure, recipe=RECIPES[name]), options)
+                add_row(rows, key, functools.partial(measure, recipe=RECIPES[name], device=options.device), options)
     print(table(rows))
 
 
@@ -99,22 +104,24 @@ def add_row(rows: list[dict[str, object]], key: Key, measured: Callable[[Key], d
         options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=1) + "\n")
 
 
-def quantized(key: Key, recipe: subbyte.Recipe) -> tuple[Task, subbyte.Result]:
+def quantized(key: Key, recipe: subbyte.Recipe, device: str) -> tuple[Task, subbyte.Result]:
     """A network at the widths of a row, first and last layer at 8 bits."""
     network, weight_bits, activation_bits, samples, seed, _ = key
     task = TASKS[network](samples=samples, seed=seed)
+    task.model.to(device)
     widths = subbyte.Widths(weight_bits, activation_bits, pinned=dict.fromkeys(task.first_and_last, 8))
     return task, subbyte.quantize(task.model, task.calibration, widths=widths, recipe=recipe, seed=seed)
 
 
-def measure(key: Key, recipe: subbyte.Recipe) -> dict[str, object]:
+def measure(key: Key, recipe: subbyte.Recipe, device: str) -> dict[str, object]:
     """Quantize one network once."""
-    task, result = quantized(key, recipe)
+    task, result = quantized(key, recipe, device)
     return {
         "top1": round(task.score(result.model), 4),
         "loss": result.loss,
         "kept": all(report.kept for report in result.refinements),
         "seconds": round(result.seconds, 1),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
     }
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import subbyte
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.models import Models
+from subbyte.model.batches import call
 from subbyte.run.events import Observer
 from subbyte.tasks import TASKS, Task
 
@@ -62,7 +63,7 @@ class TestImages:
     def _logits(self, model: nn.Module) -> Tensor:
         task = self._task
         batches = task.test_inputs.split(task.batch_size)
-        return torch.cat([model(batch if task.preprocess is None else task.preprocess(batch)) for batch in batches])
+        return torch.cat([call(model, batch if task.preprocess is None else task.preprocess(batch)).cpu() for batch in batches])
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,7 @@ def main() -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=256)
+    parser.add_argument("--device", default="cpu", help="such as cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and those it has are not measured again")
     parser.add_argument("--table", type=Path, help="print the tables of such a file and stop")
@@ -109,6 +111,7 @@ def main() -> None:
             if not wanted:
                 continue
             task = TASKS[network](samples=options.samples, seed=seed)
+            task.model.to(options.device)
             images, forward_seconds = TestImages(task), forward(task)
             bank = subbyte.Bank()  # one recipe's layers are there for the next one
             solved: set[object] = set()
@@ -120,6 +123,7 @@ def main() -> None:
                     print(f"{network}, {name}: {error}", flush=True)
                     continue
                 row |= {"alone": RECIPES[name].method not in solved, "threads": options.threads, "cores": os.cpu_count()}
+                row["device"] = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
                 solved.add(RECIPES[name].method)
                 rows.append(row)
                 print(steps_table(rows[-1:]), flush=True)
@@ -165,7 +169,7 @@ def forward(task: Task) -> float:
     started = time.perf_counter()
     with torch.no_grad():
         for batch in task.calibration.split(32):
-            task.model(batch)
+            call(task.model, batch).cpu()
     return time.perf_counter() - started
 
 

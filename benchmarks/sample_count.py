@@ -47,7 +47,7 @@ def main() -> None:
 
 def measure(key: Key) -> dict[str, object]:
     """Quantize one network once."""
-    task, result = quantized(key, RECIPES[key[-1]])
+    task, result = quantized(key, RECIPES[key[-1]], "cpu")
     return {
         "top1": round(task.score(result.model), 4),
         "kl": kl_divergence(task.model, result.model, task.test_inputs, preprocess=task.preprocess),

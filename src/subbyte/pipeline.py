@@ -16,6 +16,7 @@ from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.whole import Judge
 from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
 from subbyte.model.attention import add_products_
+from subbyte.model.arithmetic import exact_float32
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
 from subbyte.model.equalize import Equalized, equalize_, scaled_norms
@@ -33,6 +34,7 @@ from subbyte.widths import Option, Widths, as_rows, quantizes_inputs
 
 
 @torch.inference_mode(mode=False)  # what is made here may meet a backward pass
+@exact_float32()
 def quantize(  # noqa: PLR0913 - the one door: every argument is a value of its own
     model: nn.Module,
     data: Tensor | Iterable[Batch],

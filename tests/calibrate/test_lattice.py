@@ -115,6 +115,15 @@ def test_descent_started_twice_stays(case: Case) -> None:
 
 
 @given(cases)
+def test_descent_that_asks_seldom_finds_the_same_codes(case: Case) -> None:
+    """As on an accelerator, where the host would wait for each answer."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("subbyte.calibrate.closest_point.moves_unasked", lambda device: 3)
+        seldom = case.descend()
+    assert torch.equal(seldom, case.descend())
+
+
+@given(cases)
 def test_descent_tells_the_share_of_moved_codes(case: Case) -> None:
     levels, moved = coordinate_descent(case.levels, case.optimum.float(), case.hessian.float(), case.step, case.low, case.high)
     assert moved == pytest.approx(float((levels != case.levels).float().mean()))

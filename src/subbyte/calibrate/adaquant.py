@@ -102,8 +102,8 @@ class AdaQuant(Solver):
         every = math.ceil(self.iterations / self.checks) if self.checks else self.iterations + 1
         best, least = start, relative_error(problem, start, problem.held_out) if self.checks else torch.inf
         rows = problem.fit.inputs.shape[1]
-        for k in range(1, self.iterations + 1):
-            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), device="cpu", generator=generator).to(problem.weight.device)
+        turns = torch.randint(0, rows, (self.iterations, min(self.batch_rows, rows)), device="cpu", generator=generator)
+        for k, chosen in enumerate(turns.to(problem.weight.device), 1):
             optimizer.zero_grad()
             inputs = state.inputs(problem.fit.inputs[:, chosen])
             output = torch.baddbmm(state.bias()[:, None, :], inputs, state.weight().mT)

@@ -78,8 +78,8 @@ class AdaRound(Solver):
         spread = problem.fit.targets.var(correction=0).clamp(min=torch.finfo(torch.float32).tiny)
         optimizer, rows = torch.optim.Adam([logits], lr=self.rate), inputs.shape[1]
         low, high = grid.lowest - zero.float(), grid.highest - zero.float()
-        for k in range(self.iterations):
-            chosen = torch.randint(0, rows, (min(self.batch_rows, rows),), device="cpu", generator=generator).to(inputs.device)
+        turns = torch.randint(0, rows, (self.iterations, min(self.batch_rows, rows)), device="cpu", generator=generator)
+        for k, chosen in enumerate(turns.to(inputs.device)):
             up = _rectified_sigmoid(logits)
             weight = (floor + up).clamp(low, high) * scale
             error = torch.baddbmm(start.bias[:, None, :], inputs[:, chosen], weight.mT) - problem.fit.targets[:, chosen]
