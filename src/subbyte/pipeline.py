@@ -15,8 +15,8 @@ from subbyte.calibrate.kept import Kept, run_digest
 from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.whole import Judge
 from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
-from subbyte.model.attention import add_products_
 from subbyte.model.arithmetic import exact_float32
+from subbyte.model.attention import add_products_
 from subbyte.model.batches import Batch, as_batches, probes
 from subbyte.model.clipping import find_clips
 from subbyte.model.equalize import Equalized, equalize_, scaled_norms
