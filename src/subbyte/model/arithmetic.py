@@ -23,7 +23,8 @@ def exact_float32() -> Iterator[None]:
     """
     settings: list[tuple[object, str, object]] = [(torch.backends.cudnn, "deterministic", True), (torch.backends.cudnn, "benchmark", False)]
     if hasattr(torch.backends.cudnn, "conv"):  # torch 2.9 and later; what they replace cannot be read once they have been used
-        owners = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+        mkldnn = torch.backends.mkldnn
+        owners = (torch.backends.cudnn.conv, torch.backends.cuda.matmul, mkldnn.conv, mkldnn.matmul)  # type: ignore[attr-defined]
         settings += [(owner, "fp32_precision", "ieee") for owner in owners]
     else:
         settings += [(owner, "allow_tf32", False) for owner in (torch.backends.cudnn, torch.backends.cuda.matmul)]
