@@ -102,11 +102,10 @@ def error_feedback(optimum: Tensor, hessian: Tensor, step: Tensor, low: Tensor, 
         end = min(start + COLUMN_BLOCK, n)
         errors = torch.empty_like(rest[start:end])
         for j in range(start, end):
-            level = torch.clamp(torch.round(rest[j] / steps[j]), lows[j], highs[j])
-            levels[j] = level
+            level = torch.clamp((rest[j] / steps[j]).round_(), lows[j], highs[j], out=levels[j])
             error = torch.addcmul(rest[j], level, steps[j], value=-1, out=errors[j - start])
             if j + 1 < end:
-                rest[j + 1 : end] -= factor[:, j, j + 1 : end].T[:, :, None] * error
+                rest[j + 1 : end].addcmul_(factor[:, j, j + 1 : end].T[:, :, None], error, value=-1)
         if end < n:  # lazily: what the block's errors mean for all columns behind it
             rest[end:] -= torch.einsum("gjk,jgo->kgo", factor[:, start:end, end:], errors)
     back = order.argsort(dim=1)

@@ -27,6 +27,7 @@ from subbyte.quantizers.ranges import Range
 
 JUDGED = Grid(4, symmetric=True)  # by which a ridge is chosen, for all grids of the weights
 JUDGED_OUTPUTS = 48  # output channels by which it is chosen, at most
+HESSIAN_NUMBERS = 1 << 22  # of the ridges that are judged at once: small layers are many small steps
 PRICE_OF_PULL = 1.02  # held-out error with a larger ridge of `w*`, at most, as a multiple of that without
 
 
@@ -69,15 +70,18 @@ def best_ridge(objective: HeldOutObjective, ridges: Sequence[float], interval: R
     """
     if len(ridges) == 1:
         return ridges[0]
-
-    def of_codes(ridge: float) -> float:
-        hessian, optimum = least_squares(objective.moments, objective.problem.weight, ridge)
-        optimum = optimum[:, objective.some]
+    groups, _, n = objective.problem.weight.shape
+    together = max(1, HESSIAN_NUMBERS // (groups * n * n))
+    errors: list[float] = []
+    for start in range(0, len(ridges), together):
+        solved = [least_squares(objective.moments, objective.problem.weight, ridge) for ridge in ridges[start : start + together]]
+        hessian = torch.cat([one for one, _ in solved])  # as if each ridge were further groups
+        optimum = torch.cat([weight[:, objective.some] for _, weight in solved])
         scale, zero = weight_step(optimum.float(), hessian.diagonal(dim1=1, dim2=2).float(), JUDGED, interval)
         low, high = JUDGED.ends(zero[..., None])
-        return objective((error_feedback(optimum, hessian, scale[..., None], low, high) * scale[..., None]).double())
-
-    return min(ridges, key=of_codes)
+        codes = error_feedback(optimum, hessian, scale[..., None], low, high)
+        errors += [objective(weight) for weight in (codes * scale[..., None]).double().split(groups)]
+    return ridges[errors.index(min(errors))]
 
 
 def pull_of(objective: HeldOutObjective, ridge: float, candidates: Sequence[float]) -> float:

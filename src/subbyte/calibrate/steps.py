@@ -15,6 +15,7 @@ from subbyte.quantizers.ranges import Range
 
 SEARCH_ROWS = 1024
 SEARCH_NUMBERS = 1 << 19
+CANDIDATE_NUMBERS = 1 << 20  # of the weights that are tried at once
 SKETCH_OUTPUTS = 48
 
 
@@ -49,20 +50,20 @@ def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range)
 def _best_candidate(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor, Tensor]:
     """The least cost, and its step and zero-point, (G, O) each."""
     groups, outputs, n = weight.shape
-    low, high = interval.candidates(weight.reshape(-1, n))
-    best = torch.full((groups, outputs), torch.inf, device=weight.device)
-    step = torch.ones_like(best)
-    zero = torch.zeros_like(best, dtype=torch.int32)
-    for low_k, high_k in zip(low, high, strict=True):
-        scale, zero_point = (value.view(groups, outputs) for value in scale_and_zero_point(low_k, high_k, grid))
-        cost = _cost(weight, importance, scale, zero_point, grid)
-        better = cost < best
-        best, step, zero = torch.where(better, cost, best), torch.where(better, scale, step), torch.where(better, zero_point, zero)
-    return best, step, zero
+    ends = (end.view(-1, groups, outputs) for end in interval.candidates(weight.reshape(-1, n)))
+    together = max(1, CANDIDATE_NUMBERS // weight.numel())
+    found = []
+    for low, high in zip(*(end.split(together) for end in ends), strict=True):
+        scale, zero_point = scale_and_zero_point(low, high, grid)
+        cost, at = _cost(weight, importance, scale, zero_point, grid).min(dim=0, keepdim=True)
+        found.append((cost, scale.gather(0, at), zero_point.gather(0, at)))
+    costs, steps, zeros = (torch.cat(values) for values in zip(*found, strict=True))
+    best, at = costs.min(dim=0, keepdim=True)
+    return best[0], steps.gather(0, at)[0], zeros.gather(0, at)[0]
 
 
 def _cost(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
-    """`sum_j importance_j (w_j - w^_j)^2`, (G, O), of one step and zero-point for each output channel."""
+    """`sum_j importance_j (w_j - w^_j)^2` of one step and zero-point for each output channel, the shape of both: (G, O) or (C, G, O)."""
     codes = quantize(weight, scale[..., None], zero_point[..., None], grid)
     error = weight - dequantize(codes, scale[..., None], zero_point[..., None])
     return (error.square_() @ importance[..., None])[..., 0]
