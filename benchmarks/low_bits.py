@@ -12,6 +12,7 @@ import functools
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,8 +35,8 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
-    "hybrid": subbyte.Recipe(flavour=subbyte.Flavour.HYBRID, refinements=(subbyte.Networkwise(),)),
-    "hybrid, flipped": subbyte.Recipe(flavour=subbyte.Flavour.HYBRID, refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
+    "hybrid": subbyte.thorough(),
+    "hybrid, flipped": replace(subbyte.thorough(), refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
 }
 ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activation bits, samples, seeds
     ("resnet20", 4, 4, 256, 3),
@@ -126,14 +127,15 @@ def measure(key: Key, recipe: subbyte.Recipe, device: str) -> dict[str, object]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Markdown: one line for each network, width and number of samples; mean top-1 over the seeds, and its range, for each recipe."""
-    lines = [f"| network | W/A | samples | seeds | {' | '.join(RECIPES)} |", "|---|---|---|---|" + "---|" * len(RECIPES)]
+    """Markdown: one line for each network, width and number of samples; mean top-1 over the seeds, and its range, for each recipe run."""
+    measured = [name for name in RECIPES if any(row["recipe"] == name for row in rows)]
+    lines = [f"| network | W/A | samples | seeds | {' | '.join(measured)} |", "|---|---|---|---|" + "---|" * len(measured)]
     groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[part] for part in KEY[:4]), []).append(row)
     for (network, weight_bits, activation_bits, samples), group in groups.items():
         cells = []
-        for name in RECIPES:
+        for name in measured:
             top1 = [float(row["top1"]) for row in group if row["recipe"] == name]  # type: ignore[arg-type]
             spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
             cells.append(f"{statistics.fmean(top1):.2f}{spread}" if top1 else "")

@@ -14,7 +14,15 @@ from subbyte import Budget, Choices, Recipe, Widths
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     make.__name__: make
-    for make in (subbyte.default, subbyte.light, subbyte.advanced, subbyte.relaxed, subbyte.weight_only, subbyte.rounding)
+    for make in (
+        subbyte.default,
+        subbyte.light,
+        subbyte.advanced,
+        subbyte.relaxed,
+        subbyte.thorough,
+        subbyte.weight_only,
+        subbyte.rounding,
+    )
 }
 WIDTHS = {name: Widths(3, None if name == "weight_only" else 3) for name in RECIPES}
 GRADIENTS = ("torch.Tensor.backward", "torch.autograd.backward", "torch.autograd.grad")
@@ -70,6 +78,7 @@ def test_every_step_lowers_the_held_out_loss_or_is_taken_back(name: str, network
         ("light", range(2, 9), 8),
         ("advanced", (2, 3, 4, 8), 8),
         ("relaxed", range(2, 9), "same"),
+        ("thorough", range(2, 9), 8),
         ("weight_only", range(2, 9), None),
     ],
 )

@@ -28,7 +28,7 @@ from subbyte.model.equalize import Equalization
 from subbyte.pipeline import quantize
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
-from subbyte.recipes import Recipe, advanced, default, light, relaxed, rounding, weight_only
+from subbyte.recipes import Recipe, advanced, default, light, relaxed, rounding, thorough, weight_only
 from subbyte.result import Result
 from subbyte.run.bank import Bank
 from subbyte.tune.batch_norm import BatchNormTuning
@@ -96,5 +96,6 @@ __all__ = [
     "quantize",
     "relaxed",
     "rounding",
+    "thorough",
     "weight_only",
 ]

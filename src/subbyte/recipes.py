@@ -9,6 +9,7 @@ from subbyte.allocate.measured import Measured
 from subbyte.allocate.sensitivity import SensitivityMethod
 from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError
+from subbyte.calibrate.networkwise import Networkwise
 from subbyte.calibrate.passes import Flavour, Method
 from subbyte.calibrate.problem import Solver
 from subbyte.calibrate.refinement import Refinement
@@ -153,6 +154,19 @@ def relaxed() -> Recipe:
         (2, 3, 4, 5, 6, 7, 8)
     """
     return Recipe(choices=Choices(), refinements=(BatchNormTuning(), BiasTuning()))
+
+
+def thorough() -> Recipe:
+    """For 4 bits and fewer, of weights and inputs: codes that correct no other layer's errors, steps and biases that do, and then all of
+    them together, by gradient descent against the float model. Takes as long as 500 gradient steps.
+
+    With `Networkwise(iterations=1000, augment=...)` in its place, and what you know of your samples, more: `docs/results.md`.
+
+    Example:
+        >>> [refinement.name for refinement in thorough().refinements]
+        ['Networkwise']
+    """
+    return Recipe(flavour=Flavour.HYBRID, refinements=(Networkwise(),))
 
 
 def weight_only() -> Recipe:

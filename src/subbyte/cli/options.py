@@ -13,7 +13,7 @@ from typing import Annotated
 import torch
 import typer
 
-from subbyte import Flavour, Recipe, Widths, advanced, default, light, relaxed, rounding
+from subbyte import Flavour, Recipe, Widths, advanced, default, light, relaxed, rounding, thorough
 from subbyte.errors import FileError, OptionError
 from subbyte.tasks import ChannelOrder, Preprocessing
 from subbyte.widths import Option
@@ -98,6 +98,7 @@ class RecipeName(StrEnum):
     LIGHT = "light"
     ADVANCED = "advanced"
     RELAXED = "relaxed"
+    THOROUGH = "thorough"
 
     def recipe(self) -> Recipe:
         """The recipe."""
@@ -107,6 +108,7 @@ class RecipeName(StrEnum):
             RecipeName.LIGHT: light,
             RecipeName.ADVANCED: advanced,
             RecipeName.RELAXED: relaxed,
+            RecipeName.THOROUGH: thorough,
         }
         return makers[self]()
 
