@@ -28,10 +28,9 @@ CLOSE = 0.015  # values that differ by less than this share are taken to be neig
 STEP = 1.02  # of the predicted degradation, by which the frontier is walked
 MOST_STEPS = 120
 MOST_REPEATS = 16
-LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation
+LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation; above it, what meets a limit may stand alone among others
 UNKNOWN_SCATTER = 0.5  # the same, while fewer than `ENOUGH` have been measured and none of them meets the limit
 ENOUGH = 4
-SCATTERED = 0.2  # of that logarithm: above it, what meets a limit may stand alone among neighbours that do not
 IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
 AIM = 0.97  # of the limit: what is aimed at exactly is missed half of the time
 
@@ -185,7 +184,7 @@ class _Search:
             between = self._onwards(_between(met, missed[0]), STEP, before=missed[0].allocation.predicted)
             if between is not None:
                 return between
-        spacings = (CLOSE, CLOSE / 2) if self._trend()[1] > SCATTERED else (CLOSE,)
+        spacings = (CLOSE, CLOSE / 2) if self._trend()[1] > LEAST_SCATTER else (CLOSE,)
         return next(filter(None, (self._walk(met.allocation, spacing) for spacing in spacings)), None)
 
     def _new(self, allocation: Allocation) -> Allocation | None:
