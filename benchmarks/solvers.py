@@ -26,7 +26,6 @@ from subbyte.calibrate.problem import relative_error
 from subbyte.calibrate.rows import generator_for
 from subbyte.tasks import TASKS
 
-THREADS = 2
 NETWORKS = ("resnet20", "mobilenet_v1")
 BITS = (2, 3, 4, 8)
 SOLVERS: dict[str, subbyte.Solver] = {
@@ -64,13 +63,14 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, action="append")
     parser.add_argument("--bits", type=int, choices=BITS, action="append")
     parser.add_argument("--solver", choices=sorted(SOLVERS), action="append")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file; parts are added as they are measured, and those it has are not measured again")
     parser.add_argument("--table", type=Path, help="print the table of such a file and stop")
     options = parser.parse_args()
     if options.table:
         print(table(json.loads(options.table.read_text())["rows"]))
         return
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(options.threads)
     rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
     for network in options.network or NETWORKS:
         task = TASKS[network](samples=256)
@@ -85,7 +85,7 @@ def main() -> None:
             rows += [{"network": network, "bits": bits} | row for row in found]
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps({"threads": THREADS, "rows": rows}, indent=0) + "\n")
+                options.out.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=0) + "\n")
             print(table([row for row in rows if (row["network"], row["bits"]) == (network, bits)]), flush=True)
     print(table(rows))
 
