@@ -30,6 +30,8 @@ def flipped(batch: Tensor, generator: torch.Generator) -> Tensor:
 
 
 RECIPES: dict[str, subbyte.Recipe] = {
+    "rounding": subbyte.rounding(),
+    "step search": replace(subbyte.rounding(), refinements=(subbyte.StepSearch(),)),
     "layers": subbyte.Recipe(),
     "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),

@@ -33,6 +33,7 @@ from subbyte.result import Result
 from subbyte.run.bank import Bank
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
+from subbyte.tune.step_search import StepSearch
 from subbyte.widths import Widths
 
 __all__ = [
@@ -82,6 +83,7 @@ __all__ = [
     "RowSampling",
     "Simulation",
     "Solver",
+    "StepSearch",
     "SubbyteError",
     "Target",
     "TensorRT",
