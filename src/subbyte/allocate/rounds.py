@@ -7,8 +7,8 @@ met the limit and the nearest that missed it; with one side only, `v` is taken t
 
 Measured values scatter around their trend, so that a miss does not prove that nothing smaller would meet the limit. Once nothing is left
 between the two sides, the frontier is walked on from the smallest that meets the limit: what is smaller by a step each is assembled and
-measured, until the rounds are used up, or the scatter of what was measured makes it improbable that anything further on meets the limit.
-Where the scatter is large, a second walk has steps of half the size.
+measured, until the rounds are used up, or the scatter of what was measured makes it improbable that anything further on meets the limit;
+then once more in steps of half the size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CLOSE = 0.015  # values that differ by less than this share are taken to be neig
 STEP = 1.02  # of the predicted degradation, by which the frontier is walked
 MOST_STEPS = 120
 MOST_REPEATS = 16
-LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation; above it, what meets a limit may stand alone among others
+LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation
 UNKNOWN_SCATTER = 0.5  # the same, while fewer than `ENOUGH` have been measured and none of them meets the limit
 ENOUGH = 4
 IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
@@ -184,8 +184,7 @@ class _Search:
             between = self._onwards(_between(met, missed[0]), STEP, before=missed[0].allocation.predicted)
             if between is not None:
                 return between
-        spacings = (CLOSE, CLOSE / 2) if self._trend()[1] > LEAST_SCATTER else (CLOSE,)
-        return next(filter(None, (self._walk(met.allocation, spacing) for spacing in spacings)), None)
+        return next(filter(None, (self._walk(met.allocation, spacing) for spacing in (CLOSE, CLOSE / 2))), None)
 
     def _new(self, allocation: Allocation) -> Allocation | None:
         """The allocation, unless it was tried."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from subbyte.export.constants import LayerConstants, fix_constants_
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
-from subbyte.export.onnx_graph import OPSET, with_constants, with_markers
+from subbyte.export.onnx_graph import OPSET, Layout, with_constants, with_markers
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.targets import Target
 from subbyte.export.trace import Example, trace
@@ -125,13 +125,13 @@ def quantized_files(geometry: Geometry, options: tuple[Option, ...], target: Tar
         ModelError: if the layer cannot be translated.
     """
     found: dict[Option, LayerFile] = {}
-    x = _example(geometry)
+    x, layout = _example(geometry), Layout(target.signed_codes, target.channel_blocks)
     for activation_bits in dict.fromkeys(option[1] for option in options):
         template, constants = _template(geometry, activation_bits, target, x)
         for option in options:
             if option[1] == activation_bits:
                 model = ir.from_proto(template)
-                filled = with_constants(model, {KEY: _at(constants, replace(geometry.weights, bits=option[0]))}).model
+                filled = with_constants(model, {KEY: _at(constants, replace(geometry.weights, bits=option[0]))}, layout).model
                 found[option] = _with_codes_at_its_ends(to_file_bytes(filled, compact=False)[0], x)
     return found
 

@@ -22,6 +22,7 @@ from onnx.defs import OpSchema
 from torch.fx import GraphModule
 
 from subbyte.errors import LayerError, ModelError
+from subbyte.export.channel_blocks import ChannelBlocks
 from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
@@ -34,6 +35,22 @@ OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
 UINT8_TOP = 255
 INT4_BLOCKS = (128, 64)  # sizes that TensorRT has kernels for
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a file holds.
+
+    Args:
+        signed_codes: whether all codes are INT8 around 0 and biases float32.
+        channel_blocks: whether channels are filled up to the blocks in which ONNX Runtime's int8 kernels work.
+    """
+
+    signed_codes: bool = False
+    channel_blocks: bool = False
+
+
+PLAIN = Layout()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +66,20 @@ class OnnxGraph:
     weights: Mapping[str, str]
 
 
-def to_onnx(graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
+def to_onnx(graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], layout: Layout = PLAIN) -> OnnxGraph:
     """Translate a graph.
 
     Args:
         graph: a placed graph, see `placement`, or that of a float model.
         example: of what it takes.
         constants: of the layers, by key.
-        signed_codes: whether all codes are INT8 around 0 and biases float32.
+        layout: of what the file holds.
 
     Raises:
         ModelError: if torch.onnx cannot translate an operator of the model.
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    return with_constants(with_markers(graph, example), constants, signed_codes=signed_codes)
+    return with_constants(with_markers(graph, example), constants, layout)
 
 
 def with_markers(graph: GraphModule, example: Example) -> ir.Model:
@@ -88,18 +105,19 @@ def with_markers(graph: GraphModule, example: Example) -> ir.Model:
     return model
 
 
-def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], *, signed_codes: bool = False) -> OnnxGraph:
+def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], layout: Layout = PLAIN) -> OnnxGraph:
     """Put standard operators in place of markers.
 
     Args:
         model: what `with_markers` gave; is changed.
         constants: of the layers, by key.
-        signed_codes: whether all codes are INT8 around 0 and biases float32.
+        layout: of what the file holds.
 
     Raises:
         LayerError: if a layer was translated to something that cannot hold codes.
     """
-    weights = _replace_markers_(model.graph, constants, signed_codes=signed_codes)
+    blocks = ChannelBlocks.of_(model.graph, constants) if layout.channel_blocks else ChannelBlocks.none(constants)
+    weights = _replace_markers_(model.graph, blocks, signed_codes=layout.signed_codes)
     model.opset_imports.pop(DOMAIN, None)
     return OnnxGraph(model, weights)
 
@@ -136,9 +154,9 @@ def _marker(name: str, **attributes: OpSchema.AttrType) -> Any:
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], *, signed_codes: bool) -> dict[str, str]:
+def _replace_markers_(graph: ir.Graph, blocks: ChannelBlocks, *, signed_codes: bool) -> dict[str, str]:
     """Standard operators for all markers; returns layer names by the names of their INT8 weights."""
-    builder = Builder(graph)
+    builder, constants = Builder(graph), blocks.constants
     markers = [node for node in graph if node.domain == DOMAIN]
     weights = [node for node in markers if node.op_type == "Weight"]
     stored, sites = {}, {}
@@ -164,7 +182,7 @@ def _replace_markers_(graph: ir.Graph, constants: Mapping[str, LayerConstants], 
         if node.op_type == "Bias":
             _replace_(node, _bias(builder, biases.get(_text(node)), constants[_text(node)]), builder, node)
         elif node.op_type == "Quantize":
-            _replace_(node, _quantizer(builder, node, signed_codes=signed_codes), builder, node)
+            _replace_(node, _quantizer(builder, node, blocks, signed_codes=signed_codes), builder, node)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
     return {_name(value): constants[key].layer for key, value in codes.items()}
@@ -314,7 +332,7 @@ def _bias(builder: Builder, codes: ir.Value | None, constants: LayerConstants) -
     return builder.add("DequantizeLinear", codes, scale, axis=0)
 
 
-def _quantizer(builder: Builder, node: ir.Node, *, signed_codes: bool) -> ir.Value:
+def _quantizer(builder: Builder, node: ir.Node, blocks: ChannelBlocks, *, signed_codes: bool) -> ir.Value:
     scale = builder.constant(np.float32(node.attributes["scale"].as_float()))
     zero_point, low, high = (node.attributes[name].as_int() for name in ("zero_point", "low", "high"))
     kind, shift = (np.int8, UINT8_TOP // 2 + 1) if signed_codes else (np.uint8, 0)
@@ -322,7 +340,20 @@ def _quantizer(builder: Builder, node: ir.Node, *, signed_codes: bool) -> ir.Val
     codes = builder.add("QuantizeLinear", node.inputs[0], *parameters)
     if (low, high) != (0, UINT8_TOP):
         codes = builder.add("Clip", codes, builder.constant(kind(low - shift)), builder.constant(kind(high - shift)))
-    return builder.add("DequantizeLinear", codes, *parameters)
+    if node in blocks.cut:
+        start, end, axis = (builder.constant(np.array([value])) for value in (0, blocks.cut[node], 1))
+        codes = builder.add("Slice", codes, start, end, axis)
+    readers = {use.node: blocks.padded.get(use.node, 0) for use in node.outputs[0].uses()}
+    most = 0 if node.outputs[0].is_graph_output() else min(readers.values(), default=0)
+    values = {}
+    for channels in {most, *readers.values()}:
+        widths = builder.constant(np.array([0, 0, 0, 0, 0, channels, 0, 0])) if channels else None
+        padded = codes if widths is None else builder.add("Pad", codes, widths)
+        values[channels] = builder.add("DequantizeLinear", padded, *parameters)
+    for reader, channels in readers.items():
+        if channels != most:
+            reader.replace_input_with(0, values[channels])
+    return values[most]
 
 
 def _replace_(marker: ir.Node, value: ir.Value, builder: Builder, last: ir.Node) -> None:

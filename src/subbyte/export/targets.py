@@ -51,6 +51,8 @@ class Target(ABC):
     compact: bool = False
     signed_codes: bool = False
     """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
+    channel_blocks: bool = False
+    """Whether channels are filled up with zeros to the blocks in which its int8 kernels work."""
     weight_groups: tuple[int, ...] = ()
     """Sizes of column groups that it has kernels for."""
     arithmetic: Arithmetic | None = None
@@ -123,6 +125,7 @@ class OnnxRuntimeCPU(Target):
 
     compact: bool = False
     int8_between = True
+    channel_blocks = True
     arithmetic = OnnxRuntimeArithmetic()
 
     def version(self) -> str:
@@ -171,7 +174,7 @@ class OnnxRuntimeCPU(Target):
 
 @dataclass(frozen=True)
 class OpenVINOCPU(Target):
-    """OpenVINO on a processor; the file is the one that `OnnxRuntimeCPU` gives.
+    """OpenVINO on a processor; the file is the one that `OnnxRuntimeCPU` gives, but for channels that only the latter needs.
 
     Example:
         >>> OpenVINOCPU().options() == OnnxRuntimeCPU().options()

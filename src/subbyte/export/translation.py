@@ -11,7 +11,7 @@ from subbyte.export.constants import LayerConstants, fix_constants_
 from subbyte.export.kernels import use_kernels_
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
-from subbyte.export.onnx_graph import to_onnx
+from subbyte.export.onnx_graph import PLAIN, Layout, to_onnx
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
 from subbyte.export.symmetric_placement import place_symmetric_
@@ -19,7 +19,7 @@ from subbyte.export.targets import Target
 from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
+__all__ = ["Example", "Layout", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
@@ -42,7 +42,7 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
 
 
 def to_file(
-    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], *, compact: bool = False, signed_codes: bool = False
+    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], layout: Layout = PLAIN, *, compact: bool = False
 ) -> tuple[bytes, dict[str, WeightSite]]:
     """A graph as the bytes of an ONNX file.
 
@@ -50,8 +50,8 @@ def to_file(
         graph: a placed graph with its constants fixed, or that of a float model.
         example: of what it takes.
         constants: of the layers, by key.
+        layout: of what the file holds.
         compact: whether repeated groups of operators become functions of the file.
-        signed_codes: whether all codes are INT8 around 0 and biases float32.
 
     Returns:
         The bytes, and where each layer is in the file, by layer name.
@@ -59,7 +59,7 @@ def to_file(
     Raises:
         ModelError: if the model cannot be translated.
     """
-    translated = to_onnx(graph, example, constants, signed_codes=signed_codes)
+    translated = to_onnx(graph, example, constants, layout)
     content, renamed = to_file_bytes(translated.model, compact=compact)
     file = onnx.load_from_string(content).graph
     readers: dict[str, list[onnx.NodeProto]] = {}
