@@ -90,7 +90,7 @@ class Budget:
     seconds: Mapping[str, Mapping[Option, float]] | Profile | Timing | None = None
     loss: OutputLoss | None = None
     held_out: float = 0.25
-    mixtures: int = 7
+    mixtures: int = 15
     rounds: int = 16
     best_effort: bool = False
 
