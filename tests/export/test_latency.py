@@ -50,12 +50,13 @@ def operators(content: bytes) -> list[str]:
     ("module", "shape", "kinds"),
     [
         (nn.Conv2d(4, 8, 3, stride=2, padding=1), (1, 4, 9, 9), ["QLinearConv"]),
-        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 6, 6), ["QLinearConv"]),
+        (nn.Conv2d(16, 16, 3, padding=1, groups=16), (2, 16, 6, 6), ["QLinearConv"]),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=8), (2, 8, 6, 6), ["Pad", "QLinearConv", "Slice"]),
         (nn.Conv1d(4, 8, 3), (1, 4, 9), ["QLinearConv"]),
         (nn.Linear(16, 8), (1, 16), ["QuantizeLinear", "QGemm"]),
         (nn.Linear(16, 8), (1, 7, 16), ["QuantizeLinear", "MatMulIntegerToFloat", "Add"]),
     ],
-    ids=["strided", "depthwise", "1d", "linear", "tokens"],
+    ids=["strided", "depthwise", "depthwise, filled up", "1d", "linear", "tokens"],
 )
 def test_a_layers_file_is_what_the_layer_is_in_a_whole_file(module: nn.Module, shape: tuple[int, ...], kinds: list[str]) -> None:
     from subbyte.export.layer_files import Geometry, float_file, quantized_files
