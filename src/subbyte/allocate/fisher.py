@@ -33,6 +33,7 @@ from subbyte.quantizers.affine import fake_quantize
 
 GRADIENT_POSITIONS = 50  # writing and reading a sample's gradient for the weight takes as long as a forward of so many positions
 MOST_GRADIENTS = 2**24  # numbers of the samples' gradients for a weight that are held at once
+CACHED = 2**17  # numbers of an input that a processor rounds at once, so that they stay in its cache
 NO_GRADIENT = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
 
 
@@ -192,15 +193,20 @@ class _Call:
 
     def _by_input(self) -> Tensor:
         """`h . dx`, float64 (draws, options, N)."""
-        known: dict[object, Tensor] = {None: self.x.new_zeros(len(self.at_input), len(self.x))}
-        found = []
-        for activation in (state.activation for state in self.layer.states.values()):
-            key = None if activation is None else (float(activation[0]), int(activation[1]), activation[2])
-            if activation is not None and key not in known:
-                dx = fake_quantize(self.x, *activation).sub_(self.x)
-                known[key] = torch.stack([(h * dx).flatten(1).sum(dim=1) for h in self.at_input])
-            found.append(known[key])
-        return torch.stack(found, dim=1).double().cpu()
+        keyed = [
+            (state.activation and (float(state.activation[0]), int(state.activation[1]), state.activation[2]), state.activation)
+            for state in self.layer.states.values()
+        ]
+        grids = {key: activation for key, activation in keyed if activation is not None}
+        found: dict[object, list[Tensor]] = {key: [] for key in grids}
+        samples = max(1, CACHED // max(1, self.x[:1].numel())) if self.x.device.type == "cpu" else len(self.x)
+        for x, *some in zip(self.x.split(samples), *(h.split(samples) for h in self.at_input), strict=True):
+            for key, activation in grids.items():
+                dx = fake_quantize(x, *activation).sub_(x)
+                found[key].append(torch.stack([(h * dx).flatten(1).sum(dim=1) for h in some]))
+        known = {key: torch.cat(parts, dim=1) for key, parts in found.items()}
+        nothing = self.x.new_zeros(len(self.at_input), len(self.x))
+        return torch.stack([known.get(key, nothing) for key, _ in keyed], dim=1).double().cpu()
 
 
 @contextlib.contextmanager
