@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--bits", default="4,3,2.5")
     parser.add_argument("--size", type=float, help="accuracy: this share of the float bytes in place of --bits")
     parser.add_argument("--inputs", choices=("8", "same"), default="8", help="accuracy, sensitivity: bits of inputs")
+    parser.add_argument("--loss", choices=("squared", "kl"), default="squared", help="accuracy: what sensitivities measure")
     parser.add_argument("--limits", type=int, default=20)
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
@@ -49,8 +50,9 @@ def main() -> None:
     for seed in map(int, options.seeds.split(",")):
         task = TASKS[options.network](samples=options.samples, seed=seed)
         if options.what == "accuracy":
-            budgets = [Budget(average_bits=float(bits), choices=choices) for bits in options.bits.split(",")]
-            accuracy(task, [Budget(size=options.size, choices=choices)] if options.size else budgets, seed)
+            loss = KLDivergence() if options.loss == "kl" else None
+            budgets = [Budget(average_bits=float(bits), choices=choices, loss=loss) for bits in options.bits.split(",")]
+            accuracy(task, [Budget(size=options.size, choices=choices, loss=loss)] if options.size else budgets, seed)
         elif options.what == "sensitivity":
             sensitivity(task, choices)
         else:
