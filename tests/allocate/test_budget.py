@@ -136,7 +136,7 @@ def test_an_accuracy_that_the_user_measures() -> None:
 
 def test_a_limit_that_cannot_be_met_says_by_how_much() -> None:
     impossible = Budget(kl=1e-12)
-    with pytest.raises(InfeasibleError, match=r"as measured on 24 held-out samples and 168 mixtures of them; the least is") as caught:
+    with pytest.raises(InfeasibleError, match=r"as measured on 24 held-out samples and 360 mixtures of them; the least is") as caught:
         quantized(impossible)
     assert caught.value.limit == "kl" and caught.value.nearest is not None and caught.value.nearest > 1e-12
     best = quantized(Budget(kl=1e-12, best_effort=True))
@@ -149,8 +149,8 @@ def test_limits_are_measured_on_mixtures_too_unless_these_make_no_sense() -> Non
         result = quantized(budget, recipe)
         assert result.plan is not None
         alone = Judge.of(result.original, result.calibration, KLDivergence())
-        mixed = alone.with_mixtures(result.original, 7, seed=0)
-        assert (alone.held_out_samples, mixed.mixtures) == (24, 168)
+        mixed = alone.with_mixtures(result.original, 15, seed=0)
+        assert (alone.held_out_samples, mixed.mixtures) == (24, 360)
         kept = next(one.measured["kl"] for one in result.plan.rounds if one.allocation.options == result.allocation)
         return kept, alone.loss_of(result.model), mixed.loss_of(result.model)
 

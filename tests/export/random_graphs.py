@@ -59,7 +59,7 @@ class RandomNet(nn.Module):
             self.steps.append(Step(kind))
 
     def _add_conv(self, draw: random.Random, channels: int) -> int:
-        channels = self._conv(draw, channels, draw.choice([2, 4, 6, 8]), same=False)
+        channels = self._conv(draw, channels, draw.choice([2, 4, 6, 8, 16]), same=False)
         self._clip(draw)
         return channels
 

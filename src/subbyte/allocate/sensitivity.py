@@ -10,6 +10,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -250,5 +251,23 @@ def sensitivity_of(
         below += entry.facts["below"]
         observer(StepDone(STAGE))
     observer(StageFinished(STAGE, time.perf_counter() - started))
-    losses = {name: dict(zip(options[name], (above[name] / max(below, 1e-300)).tolist(), strict=True)) for name in options}
+    held = fmean(torch.cat([mask.flatten() for mask in data.held_out]).tolist())
+    losses = {
+        name: {
+            o: _without_gap(float(value), solved[name][o].gap, held) for o, value in zip(row, above[name] / max(below, 1e-300), strict=True)
+        }
+        for name, row in options.items()
+    }
     return Sensitivity(losses, method.loss_name(loss), method.name)
+
+
+def _without_gap(loss: float, gap: float, held_out: float) -> float:
+    """The loss on samples like those that are held out, from that on all: a layer with fewer equations than weights knows by heart what it
+    was fitted on, and would seem to bear any width.
+
+    Args:
+        loss: on all samples.
+        gap: see `Judged`.
+        held_out: share of the samples that are held out.
+    """
+    return loss * gap / (1.0 - held_out + held_out * gap) if loss > 0 else loss

@@ -20,6 +20,8 @@ class Judged:
         baseline_error: relative error of plain rounding on the same rows.
         unknowns: weights of one output channel.
         equations: independent rows that the calibration set offered for them.
+        gap: how many times larger the error of what is kept is on held-out rows than on those that it was fitted on, at least 1; 1 where
+            there are as many equations as unknowns.
     """
 
     solution: LayerSolution
@@ -28,6 +30,7 @@ class Judged:
     baseline_error: float
     unknowns: int
     equations: int
+    gap: float = 1.0
 
     @property
     def rejected(self) -> bool:
@@ -49,4 +52,8 @@ def solve_guarded(problem: LayerProblem, solver: Solver, baseline: Solver, gener
     plain_error = relative_error(problem, plain, problem.held_out)
     error = relative_error(problem, found, problem.held_out)
     kept = found if error < plain_error else plain
-    return Judged(kept, plain, error, plain_error, problem.unknowns, problem.equations)
+    gap = 1.0
+    if problem.equations < problem.unknowns:
+        fitted = relative_error(problem, kept, problem.fit)
+        gap = max(1.0, min(error, plain_error) / fitted) if fitted > 0 else 1.0
+    return Judged(kept, plain, error, plain_error, problem.unknowns, problem.equations, gap)

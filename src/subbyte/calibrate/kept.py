@@ -48,7 +48,7 @@ class Kept:
         self.bank.put(self._key(item, before), _entry(judged))
 
     def _key(self, item: CalibratedLayer, before: object) -> str:
-        return digest("solution", self.run, item.layer.name, item.weight_grid, item.activation_grid, item.clip, before)
+        return digest("solution with gap", self.run, item.layer.name, item.weight_grid, item.activation_grid, item.clip, before)
 
 
 def run_digest(model: nn.Module, data: CalibrationSet, method: object, version: str) -> str:
@@ -80,6 +80,7 @@ def _entry(judged: Judged) -> Entry:
         "baseline_error": judged.baseline_error,
         "unknowns": judged.unknowns,
         "equations": judged.equations,
+        "gap": judged.gap,
     }
     return Entry(tensors, facts)
 
@@ -88,7 +89,7 @@ def _judged(entry: Entry) -> Judged:
     facts = entry.facts
     baseline = _solution(entry, "baseline", facts["baseline_solver"])
     solution = baseline if facts["rejected"] else _solution(entry, "kept", facts["solver"])
-    return Judged(solution, baseline, facts["error"], facts["baseline_error"], facts["unknowns"], facts["equations"])
+    return Judged(solution, baseline, facts["error"], facts["baseline_error"], facts["unknowns"], facts["equations"], facts["gap"])
 
 
 def _solution(entry: Entry, role: str, solver: str) -> LayerSolution:
