@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,3 +185,15 @@ def test_fisher_finds_the_same_whichever_way_products_are_formed(network: Case, 
             other = table(network, Fisher(), KLDivergence())
         for layer, row in found.losses.items():
             assert list(other.losses[layer].values()) == pytest.approx(list(row.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", [Fisher(), Measured()], ids=repr)
+def test_a_layer_that_knows_its_samples_by_heart_counts_as_on_others(network: Case, method: SensitivityMethod) -> None:
+    first, *others = [item.layer.name for item in network.models.layers]
+    gap, held = 3.0, torch.cat(list(network.data.held_out)).double().mean().item()
+    known = {option: replace(judged, gap=gap) for option, judged in network.solved[first].items()}
+    before = table(network, method, RelativeSquaredError()).losses
+    after = table(replace(network, solved={**network.solved, first: known}), method, RelativeSquaredError()).losses
+    assert 0 < held < 1 and all(after[name] == before[name] for name in others)
+    for option, loss in before[first].items():  # what it is on all samples, the held-out ones among them, for what it is on these
+        assert after[first][option] * (1 - held + held * gap) == pytest.approx(gap * loss)

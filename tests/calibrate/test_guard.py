@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from subbyte.calibrate.guard import solve_guarded
+from subbyte.calibrate.lattice import Lattice
 from subbyte.calibrate.problem import LayerProblem, LayerSolution, Rows, Solver, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.quantizers.affine import quantize
@@ -85,3 +86,11 @@ def test_relative_error_without_spread_is_the_plain_sum(make_problem: MakeProble
     solution = RoundToNearest().solve(problem, torch.Generator().manual_seed(0))
     rows = Rows(torch.zeros(1, 4, 12), torch.zeros(1, 4, 6))
     assert relative_error(problem, solution, rows) == pytest.approx(4 * float(solution.bias.square().sum()), rel=1e-5)
+
+
+def test_the_gap_is_told_where_a_layer_has_fewer_equations_than_weights(make_problem: MakeProblem) -> None:
+    poor = make_problem(unknowns=64, rows=40)
+    judged = judge(poor, Lattice(), RoundToNearest())
+    errors = [relative_error(poor, judged.solution, rows) for rows in (poor.held_out, poor.fit)]
+    assert judged.gap == errors[0] / errors[1] > 1.2
+    assert judge(make_problem(), Lattice(), RoundToNearest()).gap == 1.0
