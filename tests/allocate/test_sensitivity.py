@@ -187,6 +187,18 @@ def test_fisher_finds_the_same_whichever_way_products_are_formed(network: Case, 
             assert list(other.losses[layer].values()) == pytest.approx(list(row.values()), rel=1e-3)
 
 
+def test_a_loss_on_samples_of_the_users_own_is_taken_as_it_is(network: Case) -> None:
+    first = network.models.layers[0].layer.name
+    known = {option: replace(judged, gap=3.0) for option, judged in network.solved[first].items()}
+    found = []
+    for solved in (network.solved, {**network.solved, first: known}):
+        asked = iter(range(1000))
+        found.append(
+            table(replace(network, solved=solved), OwnLoss(lambda model, asked=asked: float(next(asked))), RelativeSquaredError()).losses
+        )
+    assert found[0] == found[1] and all(loss > 0 for loss in found[0][first].values())
+
+
 @pytest.mark.parametrize("method", [Fisher(), Measured()], ids=repr)
 def test_a_layer_that_knows_its_samples_by_heart_counts_as_on_others(network: Case, method: SensitivityMethod) -> None:
     first, *others = [item.layer.name for item in network.models.layers]

@@ -31,6 +31,7 @@ class OwnLoss(SensitivityMethod):
     """
 
     loss: Callable[[nn.Module], float]
+    on_calibration_samples = False
 
     def parts(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """One part: the loss has samples of its own.

@@ -10,7 +10,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +158,9 @@ class BatchShare:
 class SensitivityMethod(ABC):
     """What fills the table. Implementations are frozen dataclasses, one in a file."""
 
+    on_calibration_samples = True
+    """Whether it measures on the samples that layers were fitted on, so that the table has to be corrected for what they know by heart."""
+
     @property
     def name(self) -> str:
         """What a receipt calls this method."""
@@ -251,19 +253,18 @@ def sensitivity_of(
         below += entry.facts["below"]
         observer(StepDone(STAGE))
     observer(StageFinished(STAGE, time.perf_counter() - started))
-    held = fmean(torch.cat([mask.flatten() for mask in data.held_out]).tolist())
-    losses = {
-        name: {
-            o: _without_gap(float(value), solved[name][o].gap, held) for o, value in zip(row, above[name] / max(below, 1e-300), strict=True)
-        }
-        for name, row in options.items()
-    }
+    losses = {name: dict(zip(options[name], (above[name] / max(below, 1e-300)).tolist(), strict=True)) for name in options}
+    if method.on_calibration_samples:
+        held_out = float(torch.cat(list(data.held_out)).double().mean())
+        losses = {name: {o: _on_others(value, solved[name][o].gap, held_out) for o, value in row.items()} for name, row in losses.items()}
     return Sensitivity(losses, method.loss_name(loss), method.name)
 
 
-def _without_gap(loss: float, gap: float, held_out: float) -> float:
-    """The loss on samples like those that are held out, from that on all: a layer with fewer equations than weights knows by heart what it
-    was fitted on, and would seem to bear any width.
+def _on_others(loss: float, gap: float, held_out: float) -> float:
+    """The loss on samples that the layer was not fitted on, from that on all of them: with fewer equations than weights it knows the others
+    by heart, and would seem to bear any width.
+
+        loss = (1 - h) l + h gap l      the result is gap l; h: share of the samples that are held out
 
     Args:
         loss: on all samples.
