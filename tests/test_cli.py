@@ -465,6 +465,11 @@ def test_threads_are_what_the_user_says(run: Run, monkeypatch: pytest.MonkeyPatc
     assert given[:1] == [3]
 
 
+def _accept_ctrl_c() -> None:
+    """A shell starts jobs in the background with the signal ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     (folder / "slow.py").write_text(
@@ -476,7 +481,8 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     before = names(folder)
     program = [sys.executable, "-c", "from subbyte.cli import main; main()"]
     arguments = "quantize --model slow.py:build --data slow.npy --batch-size 8 --threads 1 --out a.st".split()
-    with subprocess.Popen([*program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*program, *arguments], **pipes, text=True, preexec_fn=_accept_ctrl_c) as process:
         assert process.stderr is not None and process.stdout is not None
         for line in process.stderr:
             if line.startswith("calibrate 2/50"):
