@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -170,31 +169,21 @@ def test_functions_change_nothing_but_the_files_layout(residual: tuple[subbyte.R
 
 
 def test_openvino_reads_the_same_file(tmp_path: Path) -> None:
-    """In a process of its own: where OpenVINO 2026.4 has run, an interrupt during a later lockstep pass ends CPython 3.11 with a crash."""
-    pytest.importorskip("openvino")
-    load = "import importlib.util, sys, pathlib; s = importlib.util.spec_from_file_location('t', sys.argv[1]); "
-    load += "m = importlib.util.module_from_spec(s); s.loader.exec_module(m); m.check_openvino(pathlib.Path(sys.argv[2]))"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", load, __file__, str(tmp_path)], capture_output=True, text=True, timeout=250
-    )
-    assert done.returncode == 0, done.stderr
-
-
-def check_openvino(folder: Path) -> None:
     """Exports for both runtimes, compares the files, and what OpenVINO computes with the simulation."""
+    pytest.importorskip("openvino")
     torch.manual_seed(0)
-    result, made = exported(Residual(), torch.randn(64, 3, 8, 8), folder / "a.onnx", widths=MIXED)
+    result, made = exported(Residual(), torch.randn(64, 3, 8, 8), tmp_path / "a.onnx", widths=MIXED)
     x = torch.randn(64, 3, 8, 8)
-    found = run(folder / "a.onnx", x, target=subbyte.OpenVINOCPU(), optimized=False)[0]
+    found = run(tmp_path / "a.onnx", x, target=subbyte.OpenVINOCPU(), optimized=False)[0]
     assert steps_between(found, made.simulation(x).detach().numpy()) <= 6.0  # it rounds its sums otherwise
-    done = result.export_onnx(folder / "v.onnx", subbyte.OpenVINOCPU(), threads=1)
+    done = result.export_onnx(tmp_path / "v.onnx", subbyte.OpenVINOCPU(), threads=1)
     assert steps_between(found, done.simulation(x).detach().numpy()) <= 6.0  # averages and sums of joined tensors have their own ways
     assert done.verification.float_layers == ()
-    assert (folder / "a.onnx").read_bytes() == (folder / "v.onnx").read_bytes()
+    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "v.onnx").read_bytes()
     chain = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU6(), nn.Conv2d(32, 32, 3, groups=32), nn.ReLU(), nn.Conv2d(32, 16, 1))
-    result, _ = exported(chain.eval(), x, folder / "c.onnx", widths=subbyte.Widths(4, 8))
-    done = result.export_onnx(folder / "c.onnx", subbyte.OpenVINOCPU(), threads=1)
-    found = run(folder / "c.onnx", x.repeat(64, 1, 1, 1), target=subbyte.OpenVINOCPU(), optimized=False)[0]
+    result, _ = exported(chain.eval(), x, tmp_path / "c.onnx", widths=subbyte.Widths(4, 8))
+    done = result.export_onnx(tmp_path / "c.onnx", subbyte.OpenVINOCPU(), threads=1)
+    found = run(tmp_path / "c.onnx", x.repeat(64, 1, 1, 1), target=subbyte.OpenVINOCPU(), optimized=False)[0]
     np.testing.assert_allclose(found, done.simulation(x.repeat(64, 1, 1, 1)).detach().numpy(), rtol=0, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -185,7 +186,7 @@ def _compiled(content: bytes, *, optimized: bool, threads: int) -> Any:
     settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     if not optimized:
         settings["INFERENCE_PRECISION_HINT"] = "f32"
-    core = openvino.Core()
+    core = _openvino_core()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
         path.write_bytes(content)
@@ -193,6 +194,13 @@ def _compiled(content: bytes, *, optimized: bool, threads: int) -> Any:
             return core.compile_model(core.read_model(path), "CPU", settings)
         except RuntimeError as error:
             raise FileError(f"OpenVINO {openvino.__version__} refuses the file: {error}") from error
+
+
+@functools.cache
+def _openvino_core() -> Any:
+    """One for the whole process: each makes its thread's signals be handled on a stack of its own, and where two end in the order in which
+    they began, the thread is left with a stack that is no more, so that Ctrl-C ends the process by a segmentation fault (2026.4)."""
+    return _imported("openvino", "openvino").Core()
 
 
 def _imported(module: str, extra: str) -> Any:

@@ -1,0 +1,37 @@
+"""Runtimes in the process of the user: several files at once, and what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+INTERRUPTED = """
+import os, signal, time
+from onnx import TensorProto, helper
+from subbyte.export.runtimes import open_openvino
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts jobs in the background with the signal ignored
+values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy"]
+graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "graph", values[:1], values[1:])
+content = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10).SerializeToString()
+first = open_openvino(content, optimized=True, threads=1)
+second = open_openvino(content, optimized=True, threads=1)
+del first
+del second
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_after_openvino_has_run_is_an_interrupt() -> None:
+    """Two of its cores that end in the order in which they began leave the thread with a signal stack that is no more: a crash."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
