@@ -29,7 +29,7 @@ from subbyte.tasks import TASKS
 
 NETWORKS = ("resnet20", "resnet56", "mobilenet_v1", "squeezenet")
 CYCLE = (4, 4, 6, 5, 7, 8, 3)  # bits of the layers in turn; every 21st has 2
-TIMED = 200
+TIMED = 600
 
 
 def mixed_widths(names: list[str], ends: tuple[str, str]) -> subbyte.Widths:

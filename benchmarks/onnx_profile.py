@@ -2,7 +2,7 @@
 
     python benchmarks/onnx_profile.py --network mobilenet_v1
 
-Plainly rounded, 4-bit weights and 8-bit inputs; one thread, one sample; the shortest of repeated runs of each operator, microseconds.
+Plainly rounded, 4-bit weights and 8-bit inputs; one sample; the shortest of repeated runs of each operator, microseconds.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from subbyte.tasks import TASKS
 RUNS = 40
 
 
-def profile(content: bytes, sample: torch.Tensor, folder: Path) -> list[tuple[str, list[int], int]]:
+def profile(content: bytes, sample: torch.Tensor, folder: Path, threads: int) -> list[tuple[str, list[int], int]]:
     """Operator, shape of its output and microseconds, in running order."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     for _ in range(RUNS):
@@ -45,8 +45,11 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(TASKS), default="mobilenet_v1")
+    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
+    parser.add_argument("--keep", type=Path, help="a folder for the two files")
+    chosen = parser.parse_args()
     torch.set_num_threads(1)
-    task = TASKS[parser.parse_args().network](samples=32)
+    task = TASKS[chosen.network](samples=32)
     result = subbyte.quantize(task.model, task.calibration, widths=subbyte.Widths(4, 8), recipe=subbyte.rounding())
     example = Example.of([task.calibration[:4]])
     contents = {"float": to_file(trace(marked(task.model).model, example), example, {})[0]}
@@ -55,7 +58,9 @@ def main() -> None:
         result.export_onnx(Path(folder) / "m.onnx", threads=1)
         contents["int8"] = (Path(folder) / "m.onnx").read_bytes()
         for name, content in contents.items():
-            steps = profile(content, task.calibration[:1], Path(folder))
+            if chosen.keep is not None:
+                (chosen.keep / f"{name}.onnx").write_bytes(content)
+            steps = profile(content, task.calibration[:1], Path(folder), chosen.threads)
             print(f"{name}: {sum(step[2] for step in steps) / 1000:.2f} ms")
             for operator, shape, microseconds in steps:
                 print(f"  {microseconds:6d}  {operator}  {shape}")

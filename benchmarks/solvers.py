@@ -1,4 +1,4 @@
-"""Every solver on every layer of the real networks: the objective on held-out rows, and seconds.
+"""Every solver on every layer of the real networks: the objective on held-out rows, and seconds of processor time.
 
 All solvers get the same problems: the layer's float inputs (parallel flavour), rows of 256 calibration images, weights and input at the
 same width. The objective is the relative squared error of `calibrate.problem.relative_error`, on rows of the samples that are held out.
@@ -50,9 +50,9 @@ class Comparing(subbyte.Solver):
     def solve(self, problem: subbyte.LayerProblem, generator: torch.Generator) -> subbyte.LayerSolution:
         """See `Solver`."""
         for name in self.names:
-            started = time.perf_counter()
+            started = time.process_time()
             solution = SOLVERS[name].solve(problem, generator_for(0, f"{name} {problem.name}"))
-            seconds = time.perf_counter() - started
+            seconds = time.process_time() - started
             errors = {part: relative_error(problem, solution, getattr(problem, part)) for part in ("fit", "held_out")}
             self.rows.append({"layer": problem.name, "solver": name, "seconds": round(seconds, 4), **errors})
         return solution

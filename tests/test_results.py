@@ -45,7 +45,8 @@ def test_the_table_of_column_groups_is_that_of_its_rows(monkeypatch: pytest.Monk
 def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    assert benchmark("onnx_files", monkeypatch).table(rows("onnx")) in RESULTS
+    for measured in ("onnx", "onnx_amx"):
+        assert benchmark("onnx_files", monkeypatch).table(rows(measured)) in RESULTS
 
 
 def test_the_table_of_agreement_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,17 +220,6 @@ def _real(output: npt.NDArray[Any], batch: Batch) -> list[Tensor]:
     return read_outputs(torch.from_numpy(output), batch)
 
 
-def interleaved(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[float]:
-    """Median milliseconds of several functions, run in turns.
-
-    Args:
-        runs: to be timed.
-        inputs: what each is called with.
-        repeats: how often.
-    """
-    return [1000.0 * statistics.median(seconds) for seconds in in_turns(runs, inputs, repeats)]
-
-
 def in_turns(runs: Sequence[Run], inputs: Arrays, repeats: int) -> list[list[float]]:
     """Seconds of every run of several functions, run in turns so that what else the machine does falls on all of them.
 
