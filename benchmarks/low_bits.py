@@ -35,6 +35,7 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "layers": subbyte.Recipe(),
     "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
+    "affine": subbyte.Recipe(symmetric_weights=False, refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
     "hybrid": subbyte.thorough(),
