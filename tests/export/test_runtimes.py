@@ -1,4 +1,4 @@
-"""Runtimes in the process of the user: several files at once, and what they leave behind."""
+"""Runtimes in the process of the user: what they leave behind, and what is said about what they compute."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ import subprocess
 import sys
 
 import pytest
+
+import subbyte
+from subbyte.export.onnx import Demands, _warnings
+from subbyte.export.verify import Clock, RuntimeCheck, Verification
 
 INTERRUPTED = """
 import os, signal, time
@@ -35,3 +39,22 @@ def test_ctrl_c_after_openvino_has_run_is_an_interrupt() -> None:
     pytest.importorskip("openvino")
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, done.stdout) == (0, "interrupted\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("agreement", "samples", "warned"),
+    [
+        (100.0, 32, False),
+        (96.875, 32, False),
+        (93.75, 32, True),
+        (93.75, 16, True),
+        (0.0, 1, True),
+        (98.5, 1000, True),
+        (99.2, 1000, False),
+    ],
+)
+def test_one_sample_of_dozens_that_differs_is_no_warning(agreement: float, samples: int, warned: bool) -> None:
+    checks = (RuntimeCheck(False, agreement, 0.5), RuntimeCheck(True, 100.0, 0.0))
+    found = Verification("X", samples, checks, {"a": "QGemm"}, 1, 2, 1.0, 2.0, Clock(1), 1.0, 2.0)
+    told = _warnings(found, Demands(), subbyte.OnnxRuntimeCPU())
+    assert [f"{agreement:.2f} %" in line for line in told] == [True] * warned
