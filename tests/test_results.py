@@ -37,6 +37,10 @@ def test_the_table_of_low_bits_is_that_of_its_rows(monkeypatch: pytest.MonkeyPat
     assert benchmark("low_bits", monkeypatch).table(rows("low_bits")) in RESULTS
 
 
+def test_the_table_of_solvers_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert benchmark("solvers", monkeypatch).table(rows("solvers")) in RESULTS
+
+
 def test_the_table_of_column_groups_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     assert benchmark("column_groups", monkeypatch).table(rows("column_groups")) in RESULTS
