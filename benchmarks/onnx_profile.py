@@ -46,7 +46,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(TASKS), default="mobilenet_v1")
     parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime")
-    parser.add_argument("--keep", type=Path, help="a folder for the two files")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     task = TASKS[chosen.network](samples=32)
@@ -58,8 +57,6 @@ def main() -> None:
         result.export_onnx(Path(folder) / "m.onnx", threads=1)
         contents["int8"] = (Path(folder) / "m.onnx").read_bytes()
         for name, content in contents.items():
-            if chosen.keep is not None:
-                (chosen.keep / f"{name}.onnx").write_bytes(content)
             steps = profile(content, task.calibration[:1], Path(folder), chosen.threads)
             print(f"{name}: {sum(step[2] for step in steps) / 1000:.2f} ms")
             for operator, shape, microseconds in steps:
