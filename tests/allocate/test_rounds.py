@@ -67,7 +67,7 @@ def test_what_meets_the_limit_alone_among_larger_ones_that_do_not_is_found() -> 
 
 def test_few_rounds_do_where_measured_follows_predicted() -> None:
     held = hold(solve, lambda one: one, lambda one: {"kl": 2.0 * one.predicted}, {"kl": 0.01}, 0.01, 16)
-    assert held.kept.met and len(held.rounds) <= 5
+    assert held.kept.met and len(held.rounds) <= 6
 
 
 def test_what_cannot_be_met_ends_with_the_best() -> None:

@@ -8,12 +8,14 @@ met the limit and the nearest that missed it; with one side only, `v` is taken t
 Measured values scatter around their trend, so that a miss does not prove that nothing smaller would meet the limit. Once nothing is left
 between the two sides, the frontier is walked on from the smallest that meets the limit: what is smaller by a step each is assembled and
 measured, until the rounds are used up, or the scatter of what was measured makes it improbable that anything further on meets the limit;
-then once more in steps of half the size.
+then once more in steps of half the size. Sizes are walked, not degradations: where two widths of a large layer cost nearly the same, a
+percent of degradation is many percent of size.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, stdev
@@ -25,10 +27,10 @@ from subbyte.errors import InfeasibleError
 Assembled = TypeVar("Assembled")
 
 CLOSE = 0.015  # values that differ by less than this share are taken to be neighbours
-STEP = 1.02  # of the predicted degradation, by which the frontier is walked
+STEP = 1.002  # of the predicted degradation, by which the frontier is walked
 MOST_STEPS = 120
 MOST_REPEATS = 16
-LEAST_SCATTER = 0.15  # of the logarithm of measured over predicted degradation
+LEAST_SCATTER = 0.2  # of the logarithm of measured over predicted degradation
 UNKNOWN_SCATTER = 0.5  # the same, while fewer than `ENOUGH` have been measured and none of them meets the limit
 ENOUGH = 4
 IMPROBABLE = 3.0  # times the scatter: how far below its trend nothing is hoped to be
@@ -202,16 +204,19 @@ class _Search:
         return None
 
     def _walk(self, met: Allocation, spacing: float) -> Allocation | None:
-        """The next one along the frontier: smaller than what meets the limits, and this share of it away from all that was tried."""
+        """The next one along the frontier: smaller than what meets the limits, by some times this share of it, and none of those tried."""
         mean, scatter = self._trend()
-        most = math.exp(IMPROBABLE * scatter - mean)
+        first, last = (math.ceil(math.log(max(one, 1e-300), STEP)) for one in (met.predicted, math.exp(IMPROBABLE * scatter - mean)))
         tried = [one.allocation.value for one in self.done]
-        first = math.floor(math.log(max(met.predicted, 1e-300), STEP)) + 1
-        for step in range(first, first + MOST_STEPS):
-            allocation = self._at(step)
-            if allocation.predicted > most:
+        value = met.value
+        for _ in range(MOST_STEPS):
+            value -= spacing * abs(met.value)
+            step = first + bisect_left(range(first, last), True, key=lambda step: self._at(step).value <= value)
+            if step >= last:
                 return None
-            if allocation.value < met.value and all(abs(allocation.value - value) >= spacing * abs(met.value) for value in tried):
+            first, allocation = step, self._at(step)
+            value = min(value, allocation.value)
+            if all(abs(allocation.value - other) >= spacing / 2 * abs(met.value) for other in tried):
                 return allocation
         return None
 
