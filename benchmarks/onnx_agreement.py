@@ -25,7 +25,7 @@ from subbyte.export.verify import RuntimeCheck, as_arrays, compared
 from subbyte.model.layers import survey
 from subbyte.tasks import TASKS
 
-HEADS = "network, images, ONNX Runtime agreement, largest steps, OpenVINO agreement, largest steps, bytes, of packed, compact, of packed"
+HEADS = "network, images, ONNX Runtime agreement, largest steps, OpenVINO agreement, largest steps, bytes, of packed"
 
 
 def checked(result: subbyte.Result, target: Target, path: Path, batches: list[torch.Tensor]) -> RuntimeCheck:
@@ -51,8 +51,6 @@ def measure(network: str, images: int) -> dict[str, Any]:
         for name, target in (("onnxruntime", subbyte.OnnxRuntimeCPU()), ("openvino", subbyte.OpenVINOCPU())):
             check = checked(result, target, path, batches)
             row |= {f"{name}_agreement": check.agreement, f"{name}_steps": check.largest_steps, "bytes": path.stat().st_size}
-        result.export_onnx(path, subbyte.OnnxRuntimeCPU(compact=True), threads=1)
-        row["compact_bytes"] = path.stat().st_size
     return row
 
 
@@ -64,8 +62,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = [row["network"], str(row["images"])]
         for name in ("onnxruntime", "openvino"):
             cells += [f"{row[f'{name}_agreement']:.2f}", f"{row[f'{name}_steps']:.4f}"]
-        for name in ("bytes", "compact_bytes"):
-            cells += [f"{row[name]:,}", f"{row[name] / row['packed_bytes']:.3f}"]
+        cells += [f"{row['bytes']:,}", f"{row['bytes'] / row['packed_bytes']:.3f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -90,7 +90,6 @@ def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             static = static_quantized(folder / "float.onnx", task.calibration[:32], folder)
         for_openvino = result.export_onnx(folder / "openvino.onnx", openvino, allow_float=True, threads=threads)
-        compact = result.export_onnx(folder / "compact.onnx", subbyte.OnnxRuntimeCPU(compact=True), threads=threads)
     simulated = predictions(lambda batch: exported.simulation(batch).detach().numpy(), task, images)
     run = runtime.open(content, optimized=True, threads=threads)
     ran = predictions(lambda batch: run([batch.numpy()])[0], task, images)
@@ -118,8 +117,6 @@ def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
         "agreement": 100.0 * float((simulated == ran).mean()),
         "openvino_agreement": 100.0 * float((simulated_openvino == in_openvino).mean()),
         "bytes": len(content),
-        "compact_bytes": compact.verification.size_bytes,
-        "compact_int8": len(result.layers) - len(compact.verification.float_layers),
         "packed_bytes": result.size_bytes,
         "float_bytes": len(plain),
         "static_bytes": len(static),
@@ -129,7 +126,7 @@ def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as markdown."""
-    heads = "network, int8 layers (OpenVINO), float, quantized, simulation, runtime, agreement (OpenVINO), bytes, of packed (compact)"
+    heads = "network, int8 layers (OpenVINO), float, quantized, simulation, runtime, agreement (OpenVINO), bytes, of packed"
     columns = [*heads.split(", "), "x float", "x static int8", "OpenVINO x float"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
@@ -140,7 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(f"{row[name]:.2f}" for name in ("float_top1", "model_top1", "simulation_top1", "runtime_top1")),
             f"{row['agreement']:.2f} ({row['openvino_agreement']:.2f})",
             f"{row['bytes']:,}",
-            f"{row['bytes'] / packed:.3f} ({row['compact_bytes'] / packed:.3f})",
+            f"{row['bytes'] / packed:.3f}",
             f"{ms['float'] / ms['file']:.2f}",
             f"{ms['static'] / ms['file']:.2f}",
             f"{ms['openvino_float'] / ms['openvino']:.2f}",

@@ -522,7 +522,6 @@ def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> Non
     assert run("evaluate --data data.npz --packed a.onnx").code == run("evaluate --data data.npz --labels data.npz").code == 2
     refused = run("export --model net.py:Plain --data data.npz --packed a.st --out a.onnx --json")
     assert refused.code == 5 and "exists" in refused.data["error"]["message"]
-    assert run("export --model net.py:Plain --data data.npz --packed a.st --out b.onnx --target openvino --compact").code == 2
 
 
 @pytest.mark.parametrize("name", ["light", "advanced", "relaxed"])

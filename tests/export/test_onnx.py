@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -157,17 +155,6 @@ def test_the_simulation_is_near_the_model_and_the_float_model(residual: tuple[su
     assert done.model_loss == pytest.approx(held_out)
 
 
-def test_functions_change_nothing_but_the_files_layout(residual: tuple[subbyte.Result, subbyte.Exported, Path], tmp_path: Path) -> None:
-    result, done, path = residual
-    compact = result.export_onnx(tmp_path / "c.onnx", subbyte.OnnxRuntimeCPU(compact=True), threads=1)
-    assert compact.verification.kernels == done.verification.kernels
-    file, plain = onnx.load(tmp_path / "c.onnx"), onnx.load(path)
-    onnx.checker.check_model(file)
-    assert len(file.functions) >= 3 and len(file.graph.node) < len(plain.graph.node) - 20
-    x = torch.randn(4, 3, 8, 8)
-    assert np.array_equal(run(path, x)[0], run(tmp_path / "c.onnx", x)[0])
-
-
 def test_openvino_reads_the_same_file(tmp_path: Path) -> None:
     """Exports for both runtimes, compares the files, and what OpenVINO computes with the simulation."""
     pytest.importorskip("openvino")
@@ -265,44 +252,6 @@ def test_a_model_that_cannot_be_traced_is_an_error(tmp_path: Path) -> None:
     result = subbyte.quantize(Branching(), torch.randn(32, 4), recipe=subbyte.rounding())
     with pytest.raises(subbyte.ModelError, match="torch.export cannot follow this Branching"):
         result.export_onnx(tmp_path / "m.onnx", threads=1)
-
-
-@settings(max_examples=25)
-@given(
-    bits=st.integers(2, 8),
-    counts=st.lists(st.integers(1, 40), min_size=1, max_size=3),
-    symmetric=st.booleans(),
-    seed=st.integers(0, 999),
-)
-def test_widened_codes_are_the_codes(bits: int, counts: list[int], symmetric: bool, seed: int) -> None:
-    import onnx_ir as ir
-    import onnxruntime
-
-    from subbyte.export.onnx_builder import Builder
-    from subbyte.export.widening import Stored, widen_
-    from subbyte.quantizers.grid import Grid
-
-    if bits == 8 and not symmetric:
-        return
-    grid, chance = Grid(bits, symmetric=symmetric), np.random.default_rng(seed)
-    stored = {}
-    for index, count in enumerate(counts):
-        codes = chance.integers(grid.lowest, grid.highest + 1, (count, 3)).astype(np.int16)
-        zero = None if symmetric else chance.integers(0, grid.highest + 1, (count, 1)).astype(np.int32)
-        stored[str(index)] = Stored(codes, grid, zero)
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 21}, name="g")
-    builder = Builder(graph)
-    values = widen_(builder, stored)
-    for value in values.values():
-        out = builder.add("Identity", value)
-        out.type = ir.TensorType(ir.DataType.INT8)
-        graph.outputs.append(out)
-    graph.extend(builder.nodes)
-    content = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    found = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {})
-    for item, codes in zip(stored.values(), found, strict=True):
-        expected = item.codes - (0 if item.zero_point is None else item.zero_point)
-        assert codes.dtype == np.int8 and np.array_equal(codes, expected)
 
 
 def test_an_input_beside_the_middle_of_two_codes_is_rounded_as_the_runtime_rounds_it(tmp_path: Path) -> None:

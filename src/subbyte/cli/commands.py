@@ -157,7 +157,7 @@ def quantize(
     choices = choices_from(recipe.choices, (weight_choices, activation_choices), keep_8bit, pin, include, exclude)
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
     limits |= {"relative_error": max_error, "latency": seconds_of(max_latency)}
-    runs_on = None if target is None else target_from(target, compact=False)
+    runs_on = None if target is None else target_from(target)
     budget = budget_from(limits, minimize, choices, runs_on, best_effort=best_effort)
     if budget is not None and (weight_bits is not None or activation_bits is not None):
         raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")

@@ -15,7 +15,6 @@ from subbyte.cli.budget_options import ActivationChoicesOption, WeightChoicesOpt
 from subbyte.cli.commands import app
 from subbyte.cli.export_options import (
     AllowFloatOption,
-    CompactOption,
     ExportedPackedOption,
     FasterOption,
     OnnxOption,
@@ -95,7 +94,7 @@ def profile(
     then put into evaluation mode. 'quantize --max-latency' with the same --out reuses what was measured.
     """
     set_threads_(threads)
-    timing = Timing(target_from(target, compact=False), threads, timed_samples, Grid(8, symmetric, group_size))
+    timing = Timing(target_from(target), threads, timed_samples, Grid(8, symmetric, group_size))
     choices = choices_from(subbyte.Choices(), (weight_choices, activation_choices), None, None, include, exclude)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     bank = subbyte.Bank(new_folder(Path(out)))
@@ -113,7 +112,6 @@ def export(
     data: DataOption,
     out: OnnxOption,
     target: TargetOption = TargetName.ONNXRUNTIME,
-    compact: CompactOption = False,  # noqa: FBT002
     require_faster: FasterOption = False,  # noqa: FBT002
     allow_float: AllowFloatOption = False,  # noqa: FBT002
     image_size: ImageSizeOption = None,
@@ -138,7 +136,7 @@ def export(
     an eighth of it is held out to compare the file with its simulation. The file is written whole or not at all.
     If the packed file lies in the run folder that it was made in, 'report' shows the check.
     """
-    chosen, demands = target_from(target, compact=compact), Demands(faster=require_faster, int8=not allow_float, threads=threads)
+    chosen, demands = target_from(target), Demands(faster=require_faster, int8=not allow_float, threads=threads)
     check_positive("--batch-size", batch_size)
     set_threads_(threads)
     check_free(out, force=force)

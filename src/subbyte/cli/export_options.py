@@ -36,7 +36,6 @@ RunsOnOption = Annotated[
     TargetName | None,
     typer.Option("--target", help="Where the model is to run: widths are those that run there, --max-latency is measured there."),
 ]
-CompactOption = Annotated[bool, typer.Option("--compact", help="Fewer bytes, by functions of the file; ONNX Runtime only.")]
 FasterOption = Annotated[bool, typer.Option("--require-faster", help="Write nothing if the file is not faster than the float model's.")]
 AllowFloatOption = Annotated[bool, typer.Option("--allow-float", help="List layers that run in floating point instead of refusing.")]
 
@@ -63,23 +62,19 @@ def widths_on(widths: Widths, target: Target) -> Widths:
     return widths
 
 
-def target_from(name: TargetName, *, compact: bool) -> Target:
+def target_from(name: TargetName) -> Target:
     """The target that the options name.
 
     Args:
         name: of the target.
-        compact: whether repeated operators become functions of the file.
-
-    Raises:
-        OptionError: if the target does not read such files.
 
     Example:
-        >>> target_from(TargetName.ONNXRUNTIME, compact=True)
-        OnnxRuntimeCPU(compact=True)
+        >>> target_from(TargetName.ONNXRUNTIME)
+        OnnxRuntimeCPU()
     """
-    if name is TargetName.ONNXRUNTIME:
-        return OnnxRuntimeCPU(compact=compact)
-    if compact:
-        raise OptionError(f"--compact files are read by onnxruntime, not by {name.value}")
-    others: dict[TargetName, Target] = {TargetName.OPENVINO: OpenVINOCPU(), TargetName.TENSORRT: TensorRT()}
-    return others.get(name, Simulation())
+    named: dict[TargetName, Target] = {
+        TargetName.ONNXRUNTIME: OnnxRuntimeCPU(),
+        TargetName.OPENVINO: OpenVINOCPU(),
+        TargetName.TENSORRT: TensorRT(),
+    }
+    return named.get(name, Simulation())

@@ -6,25 +6,34 @@ With a step for each column group there is no such unit, and no int8 kernel: bia
 
 A channel whose step is so small that its bias does not fit (a channel that is all but dead) gets a larger step: `s_w = |b| / (2^30 s_x)`,
 codes rounded to it. What its weights contributed is less than a 2^-23 of the bias for each input.
+
+Convolutions between quantisers get constants of 16 bits each: steps with the 11 significant bits of float16, and in each block of 16
+channels biases that are multiples of the least `2^k` with which the largest fits into int16. Where `2^k s_x s_w` is more than half a
+step of the output, as 8 bits have it, both stay as they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from subbyte.errors import LayerError
-from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, key_of, table_of
-from subbyte.export.markers import MarkedModel
+from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, is_int8_convolution, is_quantize, key_of, table_of
+from subbyte.export.markers import MarkedModel, TensorGrid
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.quantizers.affine import dequantize
 from subbyte.quantizers.grid import Grid
 
 LARGEST_BIAS = 1 << 30  # steps; half of what int32 holds is left to the products
+STEP_BITS = 11  # significant ones, as in float16
+BIAS_BLOCK, BIAS_TOP = 16, (1 << 15) - 1  # channels, and the largest number in int16
+COARSEST, LEVELS = 0.5, 255  # what biases may be multiples of, in 255ths of what the output's grid spans
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +50,7 @@ class LayerConstants:
         bias: `b`, float32 (C_out,); zeros where the layer has none.
         bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised, or steps are those of column groups.
         input_scale: `s_x`; None likewise.
+        short: whether steps and biases are numbers of 16 bits.
     """
 
     layer: str
@@ -52,6 +62,7 @@ class LayerConstants:
     bias: Tensor
     bias_codes: Tensor | None
     input_scale: float | None
+    short: bool = False
 
     def weight(self) -> Tensor:
         """`W`, float32, the layer's weight shape."""
@@ -85,6 +96,9 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
         quantizer = input_quantizer(node) if multiplies else None
         scale = None if quantizer is None else grid_of(quantizer).scale
         constants = _constants(layer, marked.operators[layer], marked.states[layer], scale)
+        readers = list(node.users)
+        if is_int8_convolution(node) and len(readers) == 1 and is_quantize(readers[0]) and constants.bias_codes is not None:
+            constants = _shortened(constants, constants.bias_codes, grid_of(readers[0]))
         weight = node.args[1 if multiplies else 0]
         bias = node.args[2] if multiplies and len(node.args) > 2 else None
         if not isinstance(weight, Node) or (multiplies and not (isinstance(bias, Node) and bias.target is BIAS)):
@@ -129,3 +143,52 @@ def _constants(layer: str, operator: Operator, state: QuantizedState, input_scal
         scale = larger
     whole = (bias.double() / (unit * scale).double()).round().to(torch.int32)
     return replace(constants, codes=codes, scale=scale, bias_codes=whole)
+
+
+def _shortened(constants: LayerConstants, bias_codes: Tensor, output: TensorGrid) -> LayerConstants:
+    """The same with numbers of 16 bits, where they are no coarser than may be."""
+    fraction, exponent = torch.frexp(constants.scale)
+    scale = torch.ldexp((fraction * (1 << STEP_BITS)).round() / (1 << STEP_BITS), exponent)
+    old, unit = (torch.tensor(constants.input_scale) * one for one in (constants.scale, scale))
+    whole = (bias_codes.double() * old.double() / unit.double()).round()
+    blocks = bias_blocks(whole.numpy())
+    powers = bias_powers(blocks)
+    coarsest = COARSEST * output.scale * (output.high - output.low) / LEVELS
+    if bool((torch.from_numpy(powers.repeat(BIAS_BLOCK)[: len(unit)]) * unit > coarsest).any()):
+        return constants
+    whole = torch.from_numpy((np.rint(blocks / powers) * powers).ravel()[: len(unit)].astype(np.int32))
+    return replace(constants, scale=scale, bias_codes=whole, short=True)
+
+
+def bias_blocks(codes: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """Whole numbers in blocks of channels, filled up with zeros.
+
+    Args:
+        codes: (C_out,).
+
+    Returns:
+        float64 (blocks, BIAS_BLOCK).
+
+    Example:
+        >>> bias_blocks(np.arange(20)).shape
+        (2, 16)
+    """
+    return np.pad(codes.astype(np.float64), (0, -len(codes) % BIAS_BLOCK)).reshape(-1, BIAS_BLOCK)
+
+
+def bias_powers(blocks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The least powers of two of which no bias is more than `BIAS_TOP`, from 1 on.
+
+    Args:
+        blocks: whole numbers, float64 (blocks, channels).
+
+    Returns:
+        float64 (blocks, 1).
+
+    Example:
+        >>> bias_powers(np.array([[0.0, 32767.0], [5.0, -65536.0]])).tolist()
+        [[1.0], [4.0]]
+    """
+    most = np.abs(blocks).max(axis=1, keepdims=True)
+    powers: npt.NDArray[np.float64] = np.exp2(np.maximum(0.0, np.ceil(np.log2(np.maximum(most, 1.0) / BIAS_TOP))))
+    return powers * np.where(np.rint(most / powers) > BIAS_TOP, 2.0, 1.0)

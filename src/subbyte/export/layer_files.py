@@ -101,7 +101,7 @@ def float_file(geometry: Geometry) -> LayerFile:
     """
     x = _example(geometry)
     model = with_constants(with_markers(trace(_Bare(geometry), Example.of([x])), Example.of([x])), {}).model
-    return LayerFile(to_file_bytes(model, compact=False)[0], x.numpy())
+    return LayerFile(to_file_bytes(model)[0], x.numpy())
 
 
 def empty_file() -> LayerFile:
@@ -132,7 +132,7 @@ def quantized_files(geometry: Geometry, options: tuple[Option, ...], target: Tar
             if option[1] == activation_bits:
                 model = ir.from_proto(template)
                 filled = with_constants(model, {KEY: _at(constants, replace(geometry.weights, bits=option[0]))}, layout).model
-                found[option] = _with_codes_at_its_ends(to_file_bytes(filled, compact=False)[0], x)
+                found[option] = _with_codes_at_its_ends(to_file_bytes(filled)[0], x)
     return found
 
 

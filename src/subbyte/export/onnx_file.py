@@ -7,20 +7,19 @@ import string
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnx_ir as ir
-
-from subbyte.export.onnx_functions import fold_functions_
 
 LETTERS = string.ascii_letters
 
 
-def to_file_bytes(model: ir.Model, *, compact: bool) -> tuple[bytes, dict[str, str]]:
+def to_file_bytes(model: ir.Model) -> tuple[bytes, dict[str, str]]:
     """Serialise a model with short names.
 
     Args:
         model: inputs and outputs keep their names.
-        compact: whether repeated groups of operators become functions of the file.
 
     Returns:
         The bytes of the file, and the new name of every value by its old one.
@@ -30,8 +29,6 @@ def to_file_bytes(model: ir.Model, *, compact: bool) -> tuple[bytes, dict[str, s
     """
     proto = ir.to_proto(model)
     _strip_(proto)
-    if compact:
-        fold_functions_(proto)
     renamed = _shorten_(proto.graph)
     onnx.checker.check_model(proto)
     return proto.SerializeToString(deterministic=True), renamed
@@ -50,7 +47,7 @@ def _strip_(proto: onnx.ModelProto) -> None:
     graph.name = "g"
     for name in ("value_info", "doc_string", "metadata_props", "quantization_annotation"):
         graph.ClearField(name)
-    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    shapes = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT64}
     for tensor in graph.initializer:
         tensor.ClearField("doc_string")
         tensor.ClearField("metadata_props")
@@ -60,17 +57,19 @@ def _strip_(proto: onnx.ModelProto) -> None:
     for node in graph.node:
         for name in ("name", "doc_string", "metadata_props"):
             node.ClearField(name)
-        kept = [attribute for attribute in node.attribute if not _is_default(node, attribute, ranks)]
+        kept = [attribute for attribute in node.attribute if not _is_default(node, attribute, shapes)]
         del node.attribute[:]
         node.attribute.extend(kept)
 
 
-def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto, ranks: dict[str, int]) -> bool:
+def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto, shapes: dict[str, npt.NDArray[np.int64]]) -> bool:
     """Whether the standard says the same where the attribute is left out."""
     name, value = attribute.name, onnx.helper.get_attribute_value(attribute)
     attribute.ClearField("doc_string")
     if name == "kernel_shape" and node.op_type == "Conv":
         return True  # that of the weight
+    if name == "allowzero":
+        return node.input[1] in shapes and bool((shapes[node.input[1]] != 0).all())
     if name in ("strides", "dilations"):
         return all(step == 1 for step in value)
     if name == "pads":

@@ -3,7 +3,10 @@
 quantize    QuantizeLinear (UINT8), a Clip of the codes where the grid is narrower, DequantizeLinear
 weight      codes at their true width, widened to INT8 (`widening`), DequantizeLinear with one scale for each output channel; with column
             groups, one for each block of them, along the first dimension: what ONNX Runtime turns into its MatMulNBits
-bias        INT32, stored as INT16 where it fits, and DequantizeLinear, scale s_x s_w multiplied in the graph
+bias        of a convolution FLOAT: runtimes round it to INT32 again; of a linear layer, and of more than 2^22 steps, INT32 and
+            DequantizeLinear, scale s_x s_w multiplied in the graph
+
+Steps and biases of convolutions between quantisers come from streams of 16 bits (`widening`).
 """
 
 from __future__ import annotations
@@ -27,13 +30,14 @@ from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
-from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_, widen_biases_
+from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_, widen_numbers_
 from subbyte.model.operators import Convolution
 from subbyte.quantizers.granularity import per_weight
 
 OPSET = 21  # the first with INT4
 DOMAIN = "subbyte"
 UINT8_TOP = 255
+EXACT_BIAS = 1 << 22  # steps; fewer come back from float32, multiplied by a step and divided by it
 INT4_BLOCKS = (128, 64)  # sizes that TensorRT has kernels for
 
 
@@ -167,25 +171,39 @@ def _replace_markers_(graph: ir.Graph, blocks: ChannelBlocks, *, signed_codes: b
     first = next(iter(graph), None)
     plain, owner = _without_repetition({key: item for key, item in stored.items() if _is_widened(item)}, constants)
     widened = {key: _as_they_are(builder, item, constants[key]) for key, item in plain.items()} if signed_codes else widen_(builder, plain)
-    whole = {_text(node): bias for node in markers if (bias := _bias_codes(node, constants)) is not None and not signed_codes}
-    biases = widen_biases_(builder, whole)
+    numbers = _Numbers({}, {}, float_biases=True) if signed_codes else _Numbers.of(builder, constants, sites)
     if first is not None:
         builder.place_(first)
     codes = {key: widened[owner[key]] if key in owner else builder.constant(_unwidened(item)) for key, item in stored.items()}
     for node in weights:
         key = _text(node)
         if constants[key].operator.multiplies:
-            _replace_(node, _weight(builder, codes[key], constants[key], sites[key]), builder, sites[key].last)
+            _replace_(node, _weight(builder, codes[key], numbers.steps.get(key), constants[key], sites[key]), builder, sites[key].last)
         else:
             _replace_(node, _rows(builder, codes[key], constants[key], sites[key].last), builder, sites[key].last)
     for node in markers:
         if node.op_type == "Bias":
-            _replace_(node, _bias(builder, biases.get(_text(node)), constants[_text(node)]), builder, node)
+            _replace_(node, _bias(builder, node, numbers, constants[_text(node)]), builder, node)
         elif node.op_type == "Quantize":
             _replace_(node, _quantizer(builder, node, blocks, signed_codes=signed_codes), builder, node)
     for name in [name for name, value in graph.initializers.items() if not value.uses() and not value.is_graph_output()]:
         del graph.initializers[name]
     return {_name(value): constants[key].layer for key, value in codes.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class _Numbers:
+    """Steps of output channels and biases of convolutions that are stored in streams, by key; and whether other biases are float32."""
+
+    steps: Mapping[str, ir.Value]
+    biases: Mapping[str, ir.Value]
+    float_biases: bool = False
+
+    @staticmethod
+    def of(builder: Builder, constants: Mapping[str, LayerConstants], sites: Mapping[str, _Site]) -> _Numbers:
+        """Those that `constants` has rounded to 16 bits."""
+        short = {key: item for key, item in constants.items() if item.short and sites[key].axis is not None}
+        return _Numbers(*widen_numbers_(builder, short))
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +290,7 @@ def _block_of(constants: LayerConstants) -> int | None:
     return next((size for size in INT4_BLOCKS if inputs and inputs % size == 0), None)
 
 
-def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: _Site) -> ir.Value:
+def _weight(builder: Builder, codes: ir.Value, steps: ir.Value | None, constants: LayerConstants, site: _Site) -> ir.Value:
     scale = constants.scale
     if constants.grid.group is not None:
         return _blocks(builder, codes, constants)
@@ -284,7 +302,7 @@ def _weight(builder: Builder, codes: ir.Value, constants: LayerConstants, site: 
     if site.axis is None:
         spread = constants.operator.per_channel(scale, constants.codes).numpy()
         return builder.add("Mul", builder.cast(codes, ir.DataType.FLOAT), builder.constant(spread))
-    inputs = [codes, builder.constant(scale.numpy())]
+    inputs = [codes, builder.constant(scale.numpy()) if steps is None else steps]
     if not constants.grid.symmetric and constants.grid.bits == INT8_BITS:
         inputs.append(builder.constant(constants.zero_point.numpy().astype(np.uint8)))
     elif not isinstance(constants.operator, Convolution):  # ONNX Runtime 1.32 takes its QGemm only where they are written out
@@ -317,19 +335,15 @@ def _blocks(builder: Builder, codes: ir.Value, constants: LayerConstants) -> ir.
     return builder.add("DequantizeLinear", *inputs, axis=0, block_size=grid.group)
 
 
-def _bias_codes(node: ir.Node, constants: Mapping[str, LayerConstants]) -> npt.NDArray[np.int32] | None:
-    """The whole numbers of a bias whose reader adds them up in int32; None for other markers, and where it is added in floating point."""
-    if node.op_type != "Bias" or not {use.node.op_type for use in node.outputs[0].uses()} <= {"Conv", "Gemm"}:
-        return None
-    codes = constants[_text(node)].bias_codes
-    return None if codes is None else codes.numpy()
-
-
-def _bias(builder: Builder, codes: ir.Value | None, constants: LayerConstants) -> ir.Value:
-    if codes is None:
+def _bias(builder: Builder, node: ir.Node, numbers: _Numbers, constants: LayerConstants) -> ir.Value:
+    key, codes, readers = _text(node), constants.bias_codes, {use.node.op_type for use in node.outputs[0].uses()}
+    if key in numbers.biases:
+        return numbers.biases[key]
+    exact = codes is not None and readers == {"Conv"} and int(codes.abs().max()) < EXACT_BIAS
+    if codes is None or numbers.float_biases or exact or not readers <= {"Conv", "Gemm"}:
         return builder.constant(constants.rounded_bias().numpy())
     scale = builder.add("Mul", builder.constant(np.float32(constants.input_scale)), builder.constant(constants.scale.numpy()))
-    return builder.add("DequantizeLinear", codes, scale, axis=0)
+    return builder.add("DequantizeLinear", builder.constant(codes.numpy()), scale, axis=0)
 
 
 def _quantizer(builder: Builder, node: ir.Node, blocks: ChannelBlocks, *, signed_codes: bool) -> ir.Value:

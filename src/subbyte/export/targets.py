@@ -48,7 +48,6 @@ class Target(ABC):
     """
 
     int8_between: bool
-    compact: bool = False
     signed_codes: bool = False
     """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
     channel_blocks: bool = False
@@ -114,16 +113,11 @@ class Target(ABC):
 class OnnxRuntimeCPU(Target):
     """ONNX Runtime on a processor: convolutions and sums run in int8 if their outputs are quantised too.
 
-    Args:
-        compact: whether repeated groups of operators become functions of the file, which saves some 150 bytes a layer. ONNX Runtime reads
-            such files, OpenVINO 2026.4 does not.
-
     Example:
         >>> OnnxRuntimeCPU().options()[:2]
         ((2, 8), (3, 8))
     """
 
-    compact: bool = False
     int8_between = True
     channel_blocks = True
     arithmetic = OnnxRuntimeArithmetic()

@@ -42,7 +42,7 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
 
 
 def to_file(
-    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], layout: Layout = PLAIN, *, compact: bool = False
+    graph: GraphModule, example: Example, constants: Mapping[str, LayerConstants], layout: Layout = PLAIN
 ) -> tuple[bytes, dict[str, WeightSite]]:
     """A graph as the bytes of an ONNX file.
 
@@ -51,7 +51,6 @@ def to_file(
         example: of what it takes.
         constants: of the layers, by key.
         layout: of what the file holds.
-        compact: whether repeated groups of operators become functions of the file.
 
     Returns:
         The bytes, and where each layer is in the file, by layer name.
@@ -60,7 +59,7 @@ def to_file(
         ModelError: if the model cannot be translated.
     """
     translated = to_onnx(graph, example, constants, layout)
-    content, renamed = to_file_bytes(translated.model, compact=compact)
+    content, renamed = to_file_bytes(translated.model)
     file = onnx.load_from_string(content).graph
     readers: dict[str, list[onnx.NodeProto]] = {}
     for node in file.node:
@@ -69,7 +68,7 @@ def to_file(
     sites: dict[str, WeightSite] = {}
     for old, layer in translated.weights.items():
         codes = renamed[old]
-        first = readers.get(codes, ())  # DequantizeLinear, behind which the layer's own operator reads; or the function that holds both
+        first = readers.get(codes, ())  # DequantizeLinear, behind which the layer's own operator reads
         second = [reader for node in first for reader in readers.get(node.output[0], ())]
         outputs = [output for node in (*first, *second) for output in node.output]
         known = sites.get(layer, WeightSite(codes, ()))

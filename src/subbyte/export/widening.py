@@ -7,13 +7,15 @@ Runtimes fold these operators when they load the file, find plain INT8 weights, 
 
       Mod(Div(bytes, 2^(k i)), 2^k)        bytes: (N, 1), powers: (1, 8 / k), in INT32
 
-  holds codes `8 / k * row + i`. Planes are added up, times the power of two at which they start. All layers of a width share these
-  operators; Split, Reshape and a last Cast to INT8 give each layer its own.
+  holds codes `8 / k * row + i`. There is one plane of 4, one of 2 and one of 1 bit for all layers; Split gives each width its part of
+  each, these are added up, times the power of two at which they start, and Split, Reshape and a last Cast to INT8 give each layer its own.
 
 OpenVINO 2026.4 folds division and Cast in this order and then runs in int8; it does not do so behind BitShift and BitwiseAnd, or where the
 last operator is not the Cast (ONNX Runtime 1.32 folds all of these). `tests/export/test_onnx.py` checks that both run every width in int8.
 
-Biases are INT32, the unit in which kernels add up; most fit into INT16, and are stored so, in one stream as well.
+Steps are FLOAT16 times one power of two, and biases INT16 times a power of two for each block, in one stream of all convolutions as well:
+so `constants` has rounded them, and nothing more is lost here. A file pays some 25 bytes for an operator and 12 for a constant, which in
+small networks is more than what these streams hold.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -28,14 +31,16 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from subbyte.export.bits import pack
+from subbyte.export.constants import BIAS_BLOCK, LayerConstants, bias_blocks, bias_powers
 from subbyte.export.onnx_builder import Builder
 from subbyte.quantizers.grid import Grid
 
 Codes = npt.NDArray[np.int16]
-Biases = npt.NDArray[np.int32]
+Kind = tuple[int, bool]  # bits, and whether the grid is symmetric
 PLANES = (4, 2, 1)  # bits
 INT8_BITS, INT4_BITS = 8, 4
-LEAST_STREAM = 64  # biases; fewer take less room in INT32 than the operators that widen them
+LEAST_STREAM = 64  # numbers; fewer take less room as they are than with the operators that widen them
+FLOAT16_EXPONENT = 15  # of the largest power of two in FLOAT16
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,38 +69,67 @@ def widen_(builder: Builder, stored: Mapping[str, Stored]) -> dict[str, ir.Value
         INT8 values by key.
     """
     values: dict[str, ir.Value] = {}
-    shared: dict[tuple[int, bool], dict[str, Stored]] = defaultdict(dict)
+    groups: dict[Kind, dict[str, Stored]] = defaultdict(dict)
     for key, item in stored.items():
         if item.grid.symmetric and item.grid.bits == INT8_BITS:
             values[key] = builder.constant(item.codes.astype(np.int8))
         elif item.grid.symmetric and item.grid.bits == INT4_BITS:
             values[key] = builder.cast(builder.constant(item.codes.astype(ml_dtypes.int4)), ir.DataType.INT8)
         else:
-            shared[item.grid.bits, item.grid.symmetric][key] = item
-    for group in shared.values():
-        values |= _from_planes(builder, group)
+            groups[item.grid.bits, item.grid.symmetric][key] = item
+    flat = _from_planes(builder, {kind: _stream(group) for kind, group in groups.items()})
+    for kind, group in groups.items():
+        values |= _layers_of(builder, group, flat[kind])
     return values
 
 
-def widen_biases_(builder: Builder, biases: Mapping[str, Biases]) -> dict[str, ir.Value]:
-    """Add biases and the operators that widen them.
+def widen_numbers_(builder: Builder, layers: Mapping[str, LayerConstants]) -> tuple[dict[str, ir.Value], dict[str, ir.Value]]:
+    """Add steps and biases of output channels, in blocks:
+
+        s_w = FLOAT16 2^e      b = (s_w (s_x 2^k)) INT16        one `s_x 2^k` for each block
 
     Args:
         builder: of the graph.
-        biases: int32 (C_out,) by key.
+        layers: those with `short` numbers, by key.
 
     Returns:
-        INT32 values by key.
+        Steps and biases, FLOAT (C_out,), by key; those of layers whose steps FLOAT16 does not hold are left out.
     """
-    limits = np.iinfo(np.int16)
-    short = {key: codes for key, codes in biases.items() if codes.min() >= limits.min and codes.max() <= limits.max}
-    if sum(codes.size for codes in short.values()) < LEAST_STREAM:
-        short = {}
-    values = {key: builder.constant(codes) for key, codes in biases.items() if key not in short}
-    if short:
-        stream = builder.cast(builder.constant(np.concatenate(list(short.values())).astype(np.int16)), ir.DataType.INT32)
-        values |= zip(short, _split(builder, stream, [codes.size for codes in short.values()]), strict=True)
-    return values
+    most = max((float(item.scale.max()) for item in layers.values()), default=1.0)
+    unit = np.float32(2.0 ** (np.frexp(most)[1] - 1 - FLOAT16_EXPONENT))
+    held = {key: item for key, item in layers.items() if np.array_equal((item.scale.numpy() / unit).astype(np.float16) * unit, item.scale)}
+    different = {_identity(item): item for item in held.values()}  # a layer that is called several times has its numbers several times
+    if sum(len(item.scale) for item in different.values()) < LEAST_STREAM:
+        return {}, {}
+    filled = [-len(item.scale) % BIAS_BLOCK for item in different.values()]
+    scales = [np.pad(item.scale.numpy() / unit, (0, rest)) for item, rest in zip(different.values(), filled, strict=True)]
+    blocks = [bias_blocks(item.bias_codes.numpy()) for item in different.values() if item.bias_codes is not None]
+    powers = [bias_powers(block) for block in blocks]
+    inputs = [np.float32(item.input_scale) * power.astype(np.float32) for item, power in zip(different.values(), powers, strict=True)]
+    codes = np.concatenate([block / power for block, power in zip(blocks, powers, strict=True)]).astype(np.int16)
+
+    def numbers(array: npt.NDArray[Any]) -> ir.Value:
+        return builder.cast(builder.constant(array), ir.DataType.FLOAT)
+
+    steps = builder.add("Mul", numbers(np.concatenate(scales).astype(np.float16).reshape(-1, BIAS_BLOCK)), builder.constant(unit))
+    units = builder.add("Mul", steps, builder.constant(np.concatenate(inputs)))
+    biases = builder.add("Mul", numbers(codes), units)
+    sizes = [size for item, rest in zip(different.values(), filled, strict=True) for size in (len(item.scale), rest) if size]
+    found: list[dict[str, ir.Value]] = []
+    for stream in (steps, biases):
+        parts = iter(_split(builder, builder.add("Reshape", stream, builder.constant(np.array([-1]))), sizes))
+        by_layer = {}
+        for layer, rest in zip(different, filled, strict=True):
+            by_layer[layer] = next(parts)
+            if rest:
+                next(parts)  # what fills up a block is nobody's
+        found.append({key: by_layer[_identity(item)] for key, item in held.items()})
+    return found[0], found[1]
+
+
+def _identity(constants: LayerConstants) -> tuple[bytes, bytes, float | None]:
+    assert constants.bias_codes is not None
+    return constants.scale.numpy().tobytes(), constants.bias_codes.numpy().tobytes(), constants.input_scale
 
 
 def _split(builder: Builder, stream: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
@@ -105,26 +139,38 @@ def _split(builder: Builder, stream: ir.Value, sizes: Sequence[int]) -> Sequence
     return builder.add_many("Split", [stream, builder.constant(np.array(sizes))], len(sizes))
 
 
-def _from_planes(builder: Builder, group: Mapping[str, Stored]) -> dict[str, ir.Value]:
-    """One stream of codes for all layers of a width."""
+def _stream(group: Mapping[str, Stored]) -> npt.NDArray[np.uint8]:
+    """Codes of all layers of a width from 0 on, filled up to whole bytes of every plane."""
+    stream = np.concatenate([(item.codes - item.grid.lowest).astype(np.uint8).ravel() for item in group.values()])
+    return np.pad(stream, (0, -stream.size % 8))
+
+
+def _from_planes(builder: Builder, streams: Mapping[Kind, npt.NDArray[np.uint8]]) -> dict[Kind, ir.Value]:
+    """INT32 (N,) for each stream, codes from 0 on."""
+    totals: dict[Kind, ir.Value] = {}
+    starts = dict.fromkeys(streams, 0)
+    for bits in PLANES:
+        held = {kind: stream for kind, stream in streams.items() if kind[0] & bits}
+        if not held:
+            continue
+        parts = [((stream >> starts[kind]) & ((1 << bits) - 1)).astype(np.uint8) for kind, stream in held.items()]
+        plane = _plane(builder, np.concatenate(parts), bits)
+        for kind, part in zip(held, _split(builder, plane, [part.size for part in parts]), strict=True):
+            start = starts[kind]
+            shifted = builder.add("Mul", part, builder.constant(np.int32(1 << start))) if start else part
+            totals[kind] = builder.add("Add", totals[kind], shifted) if start else shifted
+            starts[kind] += bits
+    return totals
+
+
+def _layers_of(builder: Builder, group: Mapping[str, Stored], flat: ir.Value) -> dict[str, ir.Value]:
+    """INT8 for each layer of a width."""
     grid = next(iter(group.values())).grid
+    signed = builder.add("Sub", flat, builder.constant(np.int32(-grid.lowest))) if grid.symmetric else flat
     counts = [item.codes.size for item in group.values()]
     padding = -sum(counts) % 8
-    stream = np.concatenate(
-        [(item.codes - grid.lowest).astype(np.uint8).ravel() for item in group.values()] + [np.zeros(padding, np.uint8)]
-    )
-    total: ir.Value | None = None
-    start = 0
-    for bits in PLANES:
-        if grid.bits & bits:
-            plane = _plane(builder, ((stream >> start) & ((1 << bits) - 1)).astype(np.uint8), bits)
-            shifted = builder.add("Mul", plane, builder.constant(np.int32(1 << start))) if start else plane
-            total = shifted if total is None else builder.add("Add", total, shifted)
-            start += bits
-    assert total is not None
-    flat = builder.add("Sub", total, builder.constant(np.int32(-grid.lowest))) if grid.symmetric else total
-    parts = _split(builder, flat, counts + ([padding] if padding else []))
     values = {}
+    parts = _split(builder, signed, counts + ([padding] if padding else []))
     for (key, item), part in zip(group.items(), parts, strict=False):  # the padding is nobody's
         value = builder.add("Reshape", part, builder.constant(np.array(item.codes.shape)))
         if item.zero_point is not None:
