@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from subbyte.calibrate.adaquant import AdaQuant
 from subbyte.calibrate.joint import JointParameters, half_cosine
-from subbyte.calibrate.problem import LayerProblem
+from subbyte.calibrate.problem import LayerProblem, relative_error
 from subbyte.calibrate.round_to_nearest import RoundToNearest
 from subbyte.quantizers.grid import Grid
 
@@ -63,3 +64,13 @@ def test_a_weight_moves_to_the_next_code_within_half_a_step(make_problem: MakePr
 def test_rates_fall_from_one_to_nothing() -> None:
     shares = [half_cosine(k / 10) for k in range(11)]
     assert shares == sorted(shares, reverse=True) and shares[0] == 1 and abs(shares[-1]) < 1e-12
+
+
+def test_a_channel_that_never_varies_does_not_keep_the_others_from_moving(make_problem: MakeProblem) -> None:
+    problem = make_problem(weight_grid=Grid(3, symmetric=True), change=lambda _, weight: weight[:, 0].zero_())
+    problem.bias[0, 0] = 8.0  # far more than the smallest float32 number, by which it was divided
+    for rows in (problem.fit, problem.held_out):
+        rows.targets[0, :, 0] = 8.0
+    assert parameters(problem).raw_bias.isfinite().all()
+    start, found = (solver.solve(problem, torch.Generator().manual_seed(0)) for solver in (RoundToNearest(), AdaQuant()))
+    assert relative_error(problem, found, problem.held_out) < 0.95 * relative_error(problem, start, problem.held_out)

@@ -14,6 +14,8 @@ from subbyte.calibrate.problem import LayerSolution
 from subbyte.quantizers.affine import quantize, soft_quantize
 from subbyte.quantizers.grid import Grid
 
+LEAST_SPREAD = 1e-3  # of the layer's outputs: one that varies less, as a dead channel does, is no unit for its bias
+
 
 def half_cosine(share: float) -> float:
     """A rate's decay from 1 to 0.
@@ -81,7 +83,7 @@ class JointParameters:
     Args:
         start: where to start; tensors as its docstring says.
         weight: trained weight, float32 (G, O, n): where inside its code's cell each weight starts.
-        spread: standard deviation of each output, float32 (G, O).
+        spread: standard deviation of each output, float32 (G, O); zeros are no harm.
         weight_grid: grid of the weights.
         activation_grid: grid of the input, or None.
         relative: whether units are relative to each tensor's scale.
@@ -94,8 +96,8 @@ class JointParameters:
         step = start.per_weight(start.scale)
         on_grid = start.weight()
         inside_cell = on_grid + (weight - on_grid).clamp(-0.49 * step, 0.49 * step)
-        spread = spread.clamp(min=torch.finfo(torch.float32).tiny)
-        self._bias_unit = spread if relative else torch.ones_like(spread)
+        typical = torch.where(spread.any(), spread.square().mean().sqrt(), 1.0)
+        self._bias_unit = torch.where(spread > LEAST_SPREAD * typical, spread, typical) if relative else torch.ones_like(spread)
         self.raw_weight = (inside_cell / step if relative else inside_cell).requires_grad_()
         self.raw_bias = (start.bias / self._bias_unit).requires_grad_()
         self.raw_weight_step = (torch.zeros_like(start.scale) if relative else start.scale.clone()).requires_grad_()
