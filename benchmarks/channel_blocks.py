@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import subbyte
+from subbyte.export.layout import Layout
 from subbyte.export.verify import in_turns
 
 
@@ -25,7 +26,7 @@ from subbyte.export.verify import in_turns
 class Unfilled(subbyte.OnnxRuntimeCPU):
     """ONNX Runtime with channels as they are."""
 
-    channel_blocks = False
+    layout = Layout(channels_last=True)
 
 
 def first(channels: int, outputs: int, kernel: int, stride: int) -> nn.Module:

@@ -27,10 +27,13 @@ CONVOLUTIONS = {
     aten.conv3d.padding,
 }
 PADS = {aten.pad.default, aten.constant_pad_nd.default}
+MAX_POOLS = {  # dimensions, with those of samples and channels
+    aten.max_pool1d.default: 3,
+    aten.max_pool2d.default: 4,
+    aten.max_pool3d.default: 5,
+}
 COPIES = PADS | {
-    aten.max_pool1d.default,
-    aten.max_pool2d.default,
-    aten.max_pool3d.default,
+    *MAX_POOLS,
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,

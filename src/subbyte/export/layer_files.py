@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from subbyte.export.constants import LayerConstants, fix_constants_
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
-from subbyte.export.onnx_graph import OPSET, Layout, with_constants, with_markers
+from subbyte.export.onnx_graph import OPSET, with_constants, with_markers
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.targets import Target
 from subbyte.export.trace import Example, trace
@@ -125,7 +125,7 @@ def quantized_files(geometry: Geometry, options: tuple[Option, ...], target: Tar
         ModelError: if the layer cannot be translated.
     """
     found: dict[Option, LayerFile] = {}
-    x, layout = _example(geometry), Layout(target.signed_codes, target.channel_blocks)
+    x, layout = _example(geometry), target.layout
     for activation_bits in dict.fromkeys(option[1] for option in options):
         template, constants = _template(geometry, activation_bits, target, x)
         for option in options:

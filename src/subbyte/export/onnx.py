@@ -182,8 +182,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     graph = translation.trace(marked.model, example)
     quantizers = translation.place_for_(graph, models.calibration.batches, target)
     constants = translation.fix_constants_(graph, marked)
-    layout = translation.Layout(target.signed_codes, target.channel_blocks)
-    content, sites = translation.to_file(graph, example, constants, layout)
+    content, sites = translation.to_file(graph, example, constants, target.layout)
     tables = {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
     kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
     _check_layers(kernels, list(marked.states), target, demands)

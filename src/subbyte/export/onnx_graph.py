@@ -28,6 +28,8 @@ from subbyte.errors import LayerError, ModelError
 from subbyte.export.channel_blocks import ChannelBlocks
 from subbyte.export.constants import LayerConstants
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
+from subbyte.export.layout import PLAIN, Layout
+from subbyte.export.means import turn_means_
 from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_, widen_numbers_
@@ -39,22 +41,6 @@ DOMAIN = "subbyte"
 UINT8_TOP = 255
 EXACT_BIAS = 1 << 22  # steps; fewer come back from float32, multiplied by a step and divided by it
 INT4_BLOCKS = (128, 64)  # sizes that TensorRT has kernels for
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a file holds.
-
-    Args:
-        signed_codes: whether all codes are INT8 around 0 and biases float32.
-        channel_blocks: whether channels are filled up to the blocks in which ONNX Runtime's int8 kernels work.
-    """
-
-    signed_codes: bool = False
-    channel_blocks: bool = False
-
-
-PLAIN = Layout()
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,8 +106,11 @@ def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], lay
     Raises:
         LayerError: if a layer was translated to something that cannot hold codes.
     """
+    builder = Builder(model.graph)
+    if layout.channels_last:
+        turn_means_(builder, DOMAIN)
     blocks = ChannelBlocks.of_(model.graph, constants) if layout.channel_blocks else ChannelBlocks.none(constants)
-    weights = _replace_markers_(model.graph, blocks, signed_codes=layout.signed_codes)
+    weights = _replace_markers_(builder, blocks, signed_codes=layout.signed_codes)
     model.opset_imports.pop(DOMAIN, None)
     return OnnxGraph(model, weights)
 
@@ -158,9 +147,9 @@ def _marker(name: str, **attributes: OpSchema.AttrType) -> Any:
     return onnxscript.values.Op(onnxscript.values.Opset(DOMAIN, 1), name, schema)
 
 
-def _replace_markers_(graph: ir.Graph, blocks: ChannelBlocks, *, signed_codes: bool) -> dict[str, str]:
+def _replace_markers_(builder: Builder, blocks: ChannelBlocks, *, signed_codes: bool) -> dict[str, str]:
     """Standard operators for all markers; returns layer names by the names of their INT8 weights."""
-    builder, constants = Builder(graph), blocks.constants
+    graph, constants = builder.graph, blocks.constants
     markers = [node for node in graph if node.domain == DOMAIN]
     weights = [node for node in markers if node.op_type == "Weight"]
     stored, sites = {}, {}

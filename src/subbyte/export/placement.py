@@ -22,8 +22,10 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from subbyte.export.graph_kinds import (
     ASSERTIONS,
+    MAX_POOLS,
     PADS,
     QUANTIZE,
+    aten,
     clip_of,
     grid_of,
     head,
@@ -79,7 +81,8 @@ def place_(graph: GraphModule, batches: Sequence[Batch]) -> int:
 
 
 def simplify_(graph: GraphModule, *, move: bool = True) -> None:
-    """Drop nodes that do nothing, quantise in front of zero padding instead of behind it, and do nothing twice: all of it gives the same.
+    """Drop nodes that do nothing, pool in front of concatenations and quantise in front of zero padding instead of behind them, and do
+    nothing twice: all of it gives the same.
 
     Args:
         graph: a traced model; is changed in place.
@@ -93,6 +96,7 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
             graph.graph.erase_node(node)
         elif node.target is torch.ops.aten.view.default:  # the copy in memory that made a view possible may be gone
             node.target = torch.ops.aten.reshape.default
+    _pool_in_front_(graph)
     for node in list(graph.graph.nodes) if move else ():
         if is_quantize(node) and (pad := node.args[0]).target in PADS and is_copy(pad) and len(pad.users) == 1:
             with graph.graph.inserting_before(pad):
@@ -106,6 +110,24 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
             node.replace_all_uses_with(other)
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _pool_in_front_(graph: GraphModule) -> None:
+    """Max-pooling in front of the concatenation along the channels that it alone reads: fewer numbers are copied, and they are the same."""
+    for node in list(graph.graph.nodes):
+        if node.target not in MAX_POOLS or node.args[0].target is not aten.cat.default or len(node.args[0].users) > 1:
+            continue
+        joined, whole = node.args[0], node.meta["val"]
+        parts, dim = joined.args[0], [*joined.args[1:], 0][0]
+        if whole.dim() != MAX_POOLS[node.target] or dim % whole.dim() != 1:
+            continue
+        with graph.graph.inserting_before(joined):
+            pooled = [graph.graph.call_function(node.target, (part, *node.args[1:]), node.kwargs) for part in parts]
+        for part, one in zip(parts, pooled, strict=True):
+            one.meta["val"] = whole.narrow(1, 0, part.meta["val"].shape[1])
+        joined.args, joined.meta = (pooled, *joined.args[1:]), dict(node.meta)
+        node.replace_all_uses_with(joined)
+        graph.graph.erase_node(node)
 
 
 def _points(graph: GraphModule) -> list[Node]:

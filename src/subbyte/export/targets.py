@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy.typing as npt
 
 from subbyte.export.arithmetic import Arithmetic, OnnxRuntimeArithmetic, OpenVINOArithmetic
+from subbyte.export.layout import PLAIN, Layout
 from subbyte.quantizers.grid import MAX_BITS, MIN_BITS
 
 if TYPE_CHECKING:
@@ -48,10 +49,8 @@ class Target(ABC):
     """
 
     int8_between: bool
-    signed_codes: bool = False
-    """Whether all codes are INT8 with zero-point 0, stored as they are, and biases float32."""
-    channel_blocks: bool = False
-    """Whether channels are filled up with zeros to the blocks in which its int8 kernels work."""
+    layout: Layout = PLAIN
+    """What it asks of its files beside standard operators."""
     weight_groups: tuple[int, ...] = ()
     """Sizes of column groups that it has kernels for."""
     arithmetic: Arithmetic | None = None
@@ -119,7 +118,7 @@ class OnnxRuntimeCPU(Target):
     """
 
     int8_between = True
-    channel_blocks = True
+    layout = Layout(channel_blocks=True, channels_last=True)
     arithmetic = OnnxRuntimeArithmetic()
 
     def version(self) -> str:
@@ -287,7 +286,7 @@ class TensorRT(Target):
     """
 
     int8_between = True
-    signed_codes = True
+    layout = Layout(signed_codes=True)
     weight_groups = (64, 128)
     timed = False
 

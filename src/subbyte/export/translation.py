@@ -9,9 +9,10 @@ from torch.fx import GraphModule
 
 from subbyte.export.constants import LayerConstants, fix_constants_
 from subbyte.export.kernels import use_kernels_
+from subbyte.export.layout import PLAIN, Layout
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
-from subbyte.export.onnx_graph import PLAIN, Layout, to_onnx
+from subbyte.export.onnx_graph import to_onnx
 from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
 from subbyte.export.symmetric_placement import place_symmetric_
@@ -19,7 +20,7 @@ from subbyte.export.targets import Target
 from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Example", "Layout", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
+__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
@@ -33,7 +34,7 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
     Returns:
         How many quantisers with a grid of their own were added.
     """
-    if target.signed_codes:
+    if target.layout.signed_codes:
         return place_symmetric_(graph, batches)
     if target.int8_between:
         return place_(graph, batches)

@@ -1,0 +1,28 @@
+"""What an ONNX file holds for the runtime that it is meant for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a target asks of its files, beside standard operators.
+
+    Args:
+        signed_codes: whether all codes are INT8 with zero-point 0, stored as they are, and biases float32.
+        channel_blocks: whether channels are filled up with zeros to the blocks in which ONNX Runtime's int8 kernels work
+            (`channel_blocks`).
+        channels_last: whether large means over all positions read numbers with channels last, as ONNX Runtime has them (`means`).
+
+    Example:
+        >>> Layout().signed_codes
+        False
+    """
+
+    signed_codes: bool = False
+    channel_blocks: bool = False
+    channels_last: bool = False
+
+
+PLAIN = Layout()

@@ -1,0 +1,132 @@
+"""What is rearranged so that ONNX Runtime's int8 kernels have less to do: same numbers, other operators."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import subbyte
+from subbyte.export.layout import Layout
+
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.filterwarnings("ignore::subbyte.export.onnx.ExportWarning", "ignore::ResourceWarning")
+
+
+class Mean(nn.Module):
+    """A large mean over all positions, with or without the dimensions that it drops, and perhaps another reader of what it reads."""
+
+    def __init__(self, outputs: int = 256, *, keeps: bool = False, shared: bool = False) -> None:
+        super().__init__()
+        self.keeps, self.shared = keeps, shared
+        self.stem, self.head = nn.Conv2d(3, outputs, 1), nn.Conv2d(outputs, 8, 1) if shared else None
+        self.eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...] | Tensor:
+        x = F.relu(self.stem(x))
+        mean = F.adaptive_avg_pool2d(x, 1) if self.keeps else x.mean((2, 3))
+        return mean if self.head is None else (mean, self.head(x).amax((2, 3)))
+
+
+class Rows(Mean):
+    """A mean over some positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.stem(x)).mean(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class AsTraced(subbyte.OnnxRuntimeCPU):
+    """ONNX Runtime with means as they were traced."""
+
+    layout = Layout(channel_blocks=True)
+
+
+class Pooled(nn.Module):
+    """Max-pooling of a concatenation along some dimension, which something else may read too."""
+
+    def __init__(self, dim: int = 1, *, shared: bool = False) -> None:
+        super().__init__()
+        self.dim, self.shared = dim, shared
+        self.left, self.right, self.after = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(16 if dim == 1 else 8, 8, 1)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.cat([F.relu(self.left(x)), F.relu(self.right(x))], self.dim)
+        pooled = self.after(F.max_pool2d(both, 3, 2, ceil_mode=True))
+        return pooled.mean((2, 3)) + both.sum((1, 2, 3))[:, None] if self.shared else pooled.mean((2, 3))
+
+
+def exported(net: nn.Module, data: Tensor, folder: Path, target: subbyte.Target | None = None) -> list[str]:
+    """Operators of the net's file, which was seen to compute what its simulation computes."""
+    result = subbyte.quantize(net, data, widths=subbyte.Widths(4, 8), recipe=subbyte.rounding())
+    done = result.export_onnx(folder / "m.onnx", target or subbyte.OnnxRuntimeCPU(), threads=1)
+    assert done.verification.float_layers == ()
+    content = (folder / "m.onnx").read_bytes()
+    with torch.no_grad():
+        expected = done.simulation(data)
+    for optimized in (False, True):
+        found = subbyte.OnnxRuntimeCPU().open(content, optimized=optimized, threads=1)([data.numpy()])
+        for a, b in zip(found, (expected,) if isinstance(expected, Tensor) else expected, strict=True):
+            assert a.shape == tuple(b.shape)
+            assert np.abs(a - b.numpy()).max() <= 1.01 * np.ptp(b.numpy()) / 255
+    return [node.op_type for node in onnx.load_from_string(content).graph.node]
+
+
+def transpositions(content: bytes, folder: Path) -> int:
+    """How many are left once ONNX Runtime has optimized a file."""
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
+    onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return sum(node.op_type == "Transpose" for node in onnx.load(folder / "optimized.onnx").graph.node)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_large_mean_is_read_with_channels_last(tmp_path: Path, *, keeps: bool, shared: bool) -> None:
+    torch.manual_seed(0)
+    operators = exported(Mean(keeps=keeps, shared=shared), torch.randn(16, 3, 16, 16), tmp_path)
+    assert (operators.count("Transpose"), operators.count("ReduceMean")) == (1, 1)
+
+
+def test_onnxruntime_turns_nothing_round_in_front_of_a_large_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data, left = torch.randn(16, 3, 16, 16), {}
+    for target in (subbyte.OnnxRuntimeCPU(), AsTraced()):
+        exported(Mean(), data, tmp_path, target)
+        left[target.name] = transpositions((tmp_path / "m.onnx").read_bytes(), tmp_path)
+    assert left == {"OnnxRuntimeCPU": 1, "AsTraced": 2}  # the other one turns the input
+
+
+def test_a_small_mean_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert "Transpose" not in exported(Mean(16), torch.randn(16, 3, 16, 16), tmp_path)
+
+
+def test_a_mean_over_some_positions_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert "Transpose" not in exported(Rows(), torch.randn(16, 3, 16, 16), tmp_path)
+
+
+def test_openvino_reads_the_file_too(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    data = torch.randn(16, 3, 16, 16)
+    exported(Mean(keeps=True), data, tmp_path)
+    content = (tmp_path / "m.onnx").read_bytes()
+    found = subbyte.OpenVINOCPU().open(content, optimized=True, threads=1)([data.numpy()])[0]
+    expected = subbyte.OnnxRuntimeCPU().open(content, optimized=True, threads=1)([data.numpy()])[0]
+    assert np.abs(found - expected).max() <= 1.01 * np.ptp(expected) / 255
+
+
+@pytest.mark.parametrize(("dim", "shared", "pools"), [(1, False, 2), (1, True, 1), (2, False, 1), (3, False, 1)])
+def test_max_pooling_goes_in_front_of_a_concatenation_of_channels(tmp_path: Path, dim: int, pools: int, *, shared: bool) -> None:
+    torch.manual_seed(0)
+    operators = exported(Pooled(dim, shared=shared), torch.randn(16, 4, 9, 9), tmp_path)
+    assert operators.count("MaxPool") == pools
+    assert (operators.index("Concat") > operators.index("MaxPool")) is (pools == 2)
