@@ -38,6 +38,8 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "affine": subbyte.Recipe(symmetric_weights=False, refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
+    "batch norms": subbyte.Recipe(refinements=(subbyte.BatchNormTuning(),)),
+    "batch norms, network": subbyte.Recipe(refinements=(subbyte.BatchNormTuning(), subbyte.Networkwise())),
     "hybrid": subbyte.thorough(),
     "hybrid, flipped": replace(subbyte.thorough(), refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
 }

@@ -34,6 +34,8 @@ from subbyte.tasks import TASKS, Task
 NETWORKS = ("resnet20", "resnet56", "mobilenet_v1", "squeezenet")
 AVERAGE_BITS = (4.0, 3.0)
 RECIPES = {"light": subbyte.light(), "advanced": subbyte.advanced(), "default": subbyte.default(), "relaxed": subbyte.relaxed()}
+KL = subbyte.KLDivergence(temperature=2.0)
+BY_KL = {f"{name}, KL": RECIPES[name] for name in ("default", "advanced")}  # widths by KL divergence, as for a classifier they may be
 Row = dict[str, Any]
 
 
@@ -90,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What each step of each recipe brings.")
     parser.add_argument("--network", choices=NETWORKS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--bits", type=float, action="append", help="of a weight, on average (may be repeated)")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), action="append", help="only this one (may be repeated)")
+    parser.add_argument("--recipe", choices=sorted({*RECIPES, *BY_KL}), action="append", help="only this one (may be repeated)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--device", default="cpu", help="such as cuda")
@@ -106,7 +108,7 @@ def main() -> None:
     known = {(row["network"], row["budget_bits"], row["recipe"], row["seed"]) for row in rows}
     for network in options.network or NETWORKS:
         for seed in map(int, options.seeds.split(",")):
-            wanted = [(bits, name) for bits in options.bits or AVERAGE_BITS for name in options.recipe or RECIPES]
+            wanted = [(bits, name) for bits in options.bits or AVERAGE_BITS for name in options.recipe or (*RECIPES, *BY_KL)]
             wanted = [(bits, name) for bits, name in wanted if (network, bits, name, seed) not in known]
             if not wanted:
                 continue
@@ -116,15 +118,17 @@ def main() -> None:
             bank = subbyte.Bank()  # one recipe's layers are there for the next one
             solved: set[object] = set()
             for bits, name in wanted:
+                recipe, loss = (RECIPES | BY_KL)[name], KL if name in BY_KL else None
                 row: Row = {"network": network, "budget_bits": bits, "recipe": name, "seed": seed, "samples": options.samples}
                 try:
-                    row |= measure(task, images, bits, RECIPES[name], seed, bank) | {"forward_seconds": round(forward_seconds, 3)}
+                    row |= measure(task, images, subbyte.Budget(average_bits=bits, loss=loss), recipe, seed, bank)
                 except subbyte.InfeasibleError as error:  # few widths cannot make every average
                     print(f"{network}, {name}: {error}", flush=True)
                     continue
-                row |= {"alone": RECIPES[name].method not in solved, "threads": options.threads, "cores": os.cpu_count()}
+                row["forward_seconds"] = round(forward_seconds, 3)
+                row |= {"alone": recipe.method not in solved, "threads": options.threads, "cores": os.cpu_count()}
                 row["device"] = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
-                solved.add(RECIPES[name].method)
+                solved.add(recipe.method)
                 rows.append(row)
                 print(steps_table(rows[-1:]), flush=True)
                 if options.out:
@@ -132,12 +136,12 @@ def main() -> None:
                     options.out.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")
 
 
-def measure(task: Task, images: TestImages, bits: float, recipe: subbyte.Recipe, seed: int, bank: subbyte.Bank) -> Row:
+def measure(task: Task, images: TestImages, budget: subbyte.Budget, recipe: subbyte.Recipe, seed: int, bank: subbyte.Bank) -> Row:
     """One recipe within one budget: the float model, plain rounding at the chosen widths, and every step."""
     seen: list[Row] = []
     watched = tuple(Watched(refinement, images, seen) for refinement in (*recipe.refinements, None))
     recipe = replace(recipe, refinements=watched)
-    result = subbyte.quantize(task.model, task.calibration, budget=subbyte.Budget(average_bits=bits), recipe=recipe, seed=seed, bank=bank)
+    result = subbyte.quantize(task.model, task.calibration, budget=budget, recipe=recipe, seed=seed, bank=bank)
     widths = subbyte.Widths(pinned=result.allocation)
     rounded = subbyte.quantize(task.model, task.calibration, widths=widths, recipe=subbyte.rounding(), seed=seed)
     steps: list[Row] = [{"step": "layers", "loss": result.measured.loss, "kept": result.measured.rejected_loss is None}]

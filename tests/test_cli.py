@@ -300,6 +300,17 @@ def test_evaluate_with_and_without_labels_and_packed_file(run: Run, folder: Path
     assert again.data["float_top1"] == both["float_top1"]
 
 
+def test_widths_of_a_classifier_are_chosen_by_kl_divergence(folder: Path, run: Run) -> None:
+    tables = []
+    for given in ("", "--classifier"):
+        done = run(f"{QUANTIZE} --average-bits 4 --recipe rounding {given} --out {len(tables)}/ --json")
+        assert done.code == 0, done.err
+        tables.append(json.loads(done.out)["plan"]["allocation"]["predicted"])
+    assert tables[0] != tables[1]
+    without = run(f"{QUANTIZE} --weight-bits 4 --classifier --out a.st")
+    assert without.code == 2 and "--classifier" in without.err
+
+
 def test_a_budget_and_another_one_from_its_run_folder(folder: Path, run: Run) -> None:
     budget = "--average-bits 4 --activation-choices 8 --pin head=8 --recipe rounding"
     done = run(f"{QUANTIZE} {budget} --out run/ --json")

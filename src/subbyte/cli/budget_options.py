@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from subbyte import Budget, Choices, Target
+from subbyte import Budget, Choices, KLDivergence, Target
 from subbyte.allocate.cost import Seconds
 from subbyte.budget import Quantity
 from subbyte.cli.options import bits_or_none, pins_from
@@ -49,6 +49,10 @@ WeightChoicesOption = Annotated[
 ActivationChoicesOption = Annotated[
     str | None,
     typer.Option("--activation-choices", metavar="same|8|none", help="Budget: bits that inputs may have. Default the recipe's."),
+]
+ClassifierOption = Annotated[
+    bool,
+    typer.Option("--classifier", help="Budget: outputs are logits, so that widths are chosen by KL divergence instead of squared error."),
 ]
 BestEffortOption = Annotated[
     bool, typer.Option("--best-effort", help="Budget: give the best model found where a degradation limit cannot be met.")
@@ -105,6 +109,7 @@ def budget_from(
     where: Target | Seconds | None = None,
     *,
     best_effort: bool,
+    classifier: bool = False,
 ) -> Budget | None:
     """The budget that the options describe; None if they describe none.
 
@@ -114,9 +119,10 @@ def budget_from(
         choices: options of every layer.
         where: the model is to run, or the seconds that its layers take there, if that is known.
         best_effort: whether a limit that cannot be met is no error.
+        classifier: whether sensitivities are of KL divergence.
 
     Raises:
-        OptionError: if a limit is outside its range, or there is something to minimize and no limit.
+        OptionError: if a limit is outside its range, or there is something to minimize, or a classifier, and no limit.
 
     Example:
         >>> budget_from({"size": 0.125, "kl": None}, None, Choices(), best_effort=False).size
@@ -124,11 +130,14 @@ def budget_from(
     """
     given = {name: limit for name, limit in limits.items() if limit is not None}
     if not given and minimize is None:
+        if classifier:
+            raise OptionError("--classifier says by what a budget chooses the widths, and there is no budget")
         return None
     if where is None and ("latency" in given or minimize is Quantity.LATENCY):
         raise OptionError("a latency is measured in a runtime: 'quantize' with --target onnxruntime or openvino measures it")
     place = {"target": where} if isinstance(where, Target) else {"seconds": where}
-    return Budget(minimize=minimize, choices=choices, best_effort=best_effort, **place, **given)  # type: ignore[arg-type]
+    loss = KLDivergence() if classifier else None
+    return Budget(minimize=minimize, choices=choices, loss=loss, best_effort=best_effort, **place, **given)  # type: ignore[arg-type]
 
 
 def seconds_of(milliseconds: float | None) -> float | None:

@@ -24,6 +24,7 @@ from subbyte.cli.budget_options import (
     AverageBitsOption,
     BestEffortOption,
     BytesOption,
+    ClassifierOption,
     FrontierOption,
     MaxErrorOption,
     MaxKLOption,
@@ -124,6 +125,7 @@ def quantize(
     target: RunsOnOption = None,
     weight_choices: WeightChoicesOption = None,
     activation_choices: ActivationChoicesOption = None,
+    classifier: ClassifierOption = False,  # noqa: FBT002
     best_effort: BestEffortOption = False,  # noqa: FBT002
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -158,7 +160,7 @@ def quantize(
     limits = {"size": size, "bytes": bytes_limit, "average_bits": average_bits, "kl": max_kl, "agreement": min_agreement}
     limits |= {"relative_error": max_error, "latency": seconds_of(max_latency)}
     runs_on = None if target is None else target_from(target)
-    budget = budget_from(limits, minimize, choices, runs_on, best_effort=best_effort)
+    budget = budget_from(limits, minimize, choices, runs_on, best_effort=best_effort, classifier=classifier)
     if budget is not None and (weight_bits is not None or activation_bits is not None):
         raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")
     widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude) if budget is None else None
