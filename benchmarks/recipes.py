@@ -125,8 +125,12 @@ def main() -> None:
                 except subbyte.InfeasibleError as error:  # few widths cannot make every average
                     print(f"{network}, {name}: {error}", flush=True)
                     continue
-                row["forward_seconds"] = round(forward_seconds, 3)
-                row |= {"alone": recipe.method not in solved, "threads": options.threads, "cores": os.cpu_count()}
+                row |= {
+                    "forward_seconds": round(forward_seconds, 3),
+                    "alone": recipe.method not in solved,
+                    "threads": options.threads,
+                    "cores": os.cpu_count(),
+                }
                 row["device"] = "cpu" if options.device == "cpu" else torch.cuda.get_device_name(options.device)
                 solved.add(recipe.method)
                 rows.append(row)
