@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 STAGE = "profile"
 LEAST_RUNS, MOST_RUNS, ENOUGH_SECONDS = 12, 60, 1.5  # of each form; seconds for all forms of a layer together
 FLOAT: Option = (32, None)  # stands for float32 in the bank
+NOTHING: Option = (0, None)  # stands for the file that does nothing, while files are timed
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,11 @@ class _Bench:
         return {option: one for option, one in known.items() if one is not None}
 
     def _measured(self, files: Mapping[Option, LayerFile]) -> dict[Option, LayerTime]:
-        target, nothing = self.timing.target, self._nothing()
-        runs = {option: (target.open(file.content, optimized=True, threads=self.threads), [file.example]) for option, file in files.items()}
+        """Seconds beyond those of a file that does nothing, which has its turn among the others, so that a busy moment is in both."""
+        from subbyte.export.layer_files import empty_file
+
+        target, timed = self.timing.target, [*files.items(), (NOTHING, empty_file())]
+        runs = {option: (target.open(file.content, optimized=True, threads=self.threads), [file.example]) for option, file in timed}
         seconds: dict[Option, list[float]] = {option: [] for option in runs}
         for run, given in runs.values():
             run(given)
@@ -272,28 +276,11 @@ class _Bench:
                 started = time.perf_counter()
                 run(given)
                 seconds[option].append(time.perf_counter() - started)
+        nothing, tick = min(seconds.pop(NOTHING)), time.get_clock_info("perf_counter").resolution
         return {
-            option: LayerTime(max(0.0, min(found) - nothing), max(0.0, statistics.median(found) - nothing))
+            option: LayerTime(max(tick, min(found) - nothing), max(tick, statistics.median(found) - nothing))
             for option, found in seconds.items()
         }
-
-    def _nothing(self) -> float:
-        """Seconds of a file that does nothing."""
-        from subbyte.export.layer_files import empty_file
-
-        key = self._key("nothing", FLOAT)
-        known = _time_of(self.bank.get(key))
-        if known is None:
-            file = empty_file()
-            run = self.timing.target.open(file.content, optimized=True, threads=self.threads)
-            found = []
-            for _ in range(MOST_RUNS):
-                started = time.perf_counter()
-                run([file.example])
-                found.append(time.perf_counter() - started)
-            known = LayerTime(min(found), statistics.median(found))
-            self.bank.put(key, Entry(facts={"least": known.least, "median": known.median}))
-        return known.least
 
     def _key(self, what: object, option: Option) -> str:
         processor = (platform.machine(), platform.processor(), os.cpu_count())
