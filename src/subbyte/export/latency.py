@@ -1,9 +1,9 @@
 """How long each layer takes at each of its options, measured on this machine in the target's runtime.
 
 Every layer is run alone, in the form in which the exporter writes it (`layer_files`), with the number of samples and threads that are asked
-for. All forms of one layer run in turns, so that what else the machine does falls on all of them. With them runs a file that does nothing: what
-it takes, the call into the runtime, is subtracted. Times are kept in the bank by geometry, option, target, threads, runtime and processor: layers that
-are alike are measured once.
+for. All forms of one layer run in turns, so that what else the machine does falls on all of them, and with them a file that does nothing:
+what it takes, the call into the runtime, is subtracted. Times are kept in the bank by geometry, option, target, threads, runtime and
+processor: layers that are alike are measured once.
 """
 
 from __future__ import annotations
