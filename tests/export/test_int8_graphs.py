@@ -44,7 +44,9 @@ class Rows(Mean):
 class AsTraced(subbyte.OnnxRuntimeCPU):
     """ONNX Runtime with means as they were traced."""
 
-    layout = Layout(channel_blocks=True)
+    @property
+    def layout(self) -> Layout:
+        return dataclasses.replace(super().layout, channels_last=False)
 
 
 class Pooled(nn.Module):

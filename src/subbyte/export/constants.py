@@ -25,10 +25,10 @@ from torch.fx import GraphModule, Node
 from subbyte.errors import LayerError
 from subbyte.export.graph_kinds import BIAS, grid_of, input_quantizer, is_int8_convolution, is_quantize, key_of, table_of
 from subbyte.export.markers import MarkedModel, TensorGrid
-from subbyte.model.operators import Operator
+from subbyte.model.operators import Convolution, Operator
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.quantizers.affine import dequantize
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import MAX_BITS, Grid
 
 LARGEST_BIAS = 1 << 30  # steps; half of what int32 holds is left to the products
 STEP_BITS = 11  # significant ones, as in float16
@@ -111,6 +111,20 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
     graph.recompile()
     graph.delete_all_unused_submodules()
     return found
+
+
+def unsigned(constants: LayerConstants) -> LayerConstants:
+    """Weights of 8 bits that an int8 kernel multiplies, as UINT8 with zero-point 128: the same numbers. Others as they are.
+
+    Args:
+        constants: of a layer.
+    """
+    operator, grid = constants.operator, constants.grid
+    transposed = isinstance(operator, Convolution) and operator.transposed
+    if grid.bits != MAX_BITS or not grid.symmetric or constants.bias_codes is None or transposed:
+        return constants
+    middle = torch.full_like(constants.zero_point, 1 << (MAX_BITS - 1))
+    return replace(constants, grid=replace(grid, symmetric=False), codes=constants.codes + (1 << (MAX_BITS - 1)), zero_point=middle)
 
 
 def _give_(graph: GraphModule, node: Node, marker: Node, value: Tensor, key: str) -> None:

@@ -11,6 +11,8 @@ class Layout:
 
     Args:
         signed_codes: whether all codes are INT8 with zero-point 0, stored as they are, and biases float32.
+        unsigned_weights: whether weights of 8 bits are UINT8 with zero-point 128, as processors need them whose kernels for INT8 ones lose
+            sums (`saturation`).
         channel_blocks: whether channels are filled up with zeros to the blocks in which ONNX Runtime's int8 kernels work
             (`channel_blocks`).
         channels_last: whether large means over all positions read numbers with channels last, as ONNX Runtime has them (`means`).
@@ -21,6 +23,7 @@ class Layout:
     """
 
     signed_codes: bool = False
+    unsigned_weights: bool = False
     channel_blocks: bool = False
     channels_last: bool = False
 

@@ -31,6 +31,7 @@ from subbyte.export.targets import Simulation, Target, runs_in_groups
 from subbyte.export.verify import Clock, RuntimeCheck, Verification, verify
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
+from subbyte.quantizers.grid import MAX_BITS
 from subbyte.run.files import write_file
 from subbyte.widths import Option
 
@@ -192,7 +193,7 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     simulation = translation.Simulated(graph)
     clock = Clock(demands.threads or torch.get_num_threads(), demands.batch_size)
     verification = verify((content, plain), kernels, simulation, judge.batches, target, clock)
-    told = _warnings(verification, demands, target)
+    told = _warnings(verification, demands, target, _cut_off(marked.states, verification, target))
     write_file(path, content)
     for text in told:
         warnings.warn(text, ExportWarning, stacklevel=3)
@@ -253,8 +254,24 @@ def _disagrees(check: RuntimeCheck, samples: int) -> bool:
     return check.optimized or check.agreement < 95.0 or (100.0 - check.agreement) * samples > 101.0
 
 
-def _warnings(verification: Verification, demands: Demands, target: Target) -> tuple[str, ...]:
+def _cut_off(states: Mapping[str, QuantizedState], verification: Verification, target: Target) -> list[str]:
+    """Layers whose sums the processor's kernels may cut off, where the outputs say that it happened."""
+    wide = [name for name, state in states.items() if state.bias is not None and state.weight_grid.bits == MAX_BITS]
+    differs = any(check.optimized and (check.agreement not in (None, 100.0) or check.largest_steps > 1.0) for check in verification.checks)
+    if not wide or not differs or target.layout.unsigned_weights:
+        return []
+    from subbyte.export.saturation import saturates  # needs packages that `import subbyte` does not
+
+    return wide if saturates(target.open) else []
+
+
+def _warnings(verification: Verification, demands: Demands, target: Target, cut_off: Sequence[str]) -> tuple[str, ...]:
     told = []
+    if cut_off:
+        told.append(
+            f"int8 kernels of {verification.target} on this processor (AVX2 without VNNI) cut off large sums of weights of 8 bits, in "
+            f"{', '.join(cut_off)}: give these layers 7 bits or fewer"
+        )
     if verification.size_bytes >= verification.float_bytes:
         told.append(f"the file has {verification.size_bytes:,} bytes, not fewer than the float model's {verification.float_bytes:,}")
     if verification.speed < 1.0 and target.int8_between:

@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 
 from subbyte.errors import LayerError, ModelError
 from subbyte.export.channel_blocks import ChannelBlocks
-from subbyte.export.constants import LayerConstants
+from subbyte.export.constants import LayerConstants, unsigned
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.layout import PLAIN, Layout
 from subbyte.export.means import turn_means_
@@ -107,6 +107,8 @@ def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], lay
         LayerError: if a layer was translated to something that cannot hold codes.
     """
     builder = Builder(model.graph)
+    if layout.unsigned_weights:
+        constants = {key: unsigned(item) for key, item in constants.items()}
     if layout.channels_last:
         turn_means_(builder, DOMAIN)
     blocks = ChannelBlocks.of_(model.graph, constants) if layout.channel_blocks else ChannelBlocks.none(constants)
@@ -290,7 +292,11 @@ def _weight(builder: Builder, codes: ir.Value, steps: ir.Value | None, constants
         return builder.add("DequantizeLinear", codes, builder.constant(scales.numpy()), axis=0 if site.transposed else 1, block_size=block)
     if site.axis is None:
         spread = constants.operator.per_channel(scale, constants.codes).numpy()
-        return builder.add("Mul", builder.cast(codes, ir.DataType.FLOAT), builder.constant(spread))
+        steps_from_zero = builder.cast(codes, ir.DataType.FLOAT)
+        if not constants.grid.symmetric and constants.grid.bits == INT8_BITS:
+            zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy().astype(np.float32)
+            steps_from_zero = builder.add("Sub", steps_from_zero, builder.constant(zero))
+        return builder.add("Mul", steps_from_zero, builder.constant(spread))
     inputs = [codes, builder.constant(scale.numpy()) if steps is None else steps]
     if not constants.grid.symmetric and constants.grid.bits == INT8_BITS:
         inputs.append(builder.constant(constants.zero_point.numpy().astype(np.uint8)))

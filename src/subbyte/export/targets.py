@@ -49,8 +49,6 @@ class Target(ABC):
     """
 
     int8_between: bool
-    layout: Layout = PLAIN
-    """What it asks of its files beside standard operators."""
     weight_groups: tuple[int, ...] = ()
     """Sizes of column groups that it has kernels for."""
     arithmetic: Arithmetic | None = None
@@ -62,6 +60,11 @@ class Target(ABC):
     def name(self) -> str:
         """The target in a word."""
         return type(self).__name__
+
+    @property
+    def layout(self) -> Layout:
+        """What it asks of its files beside standard operators."""
+        return PLAIN
 
     @abstractmethod
     def version(self) -> str:
@@ -112,14 +115,31 @@ class Target(ABC):
 class OnnxRuntimeCPU(Target):
     """ONNX Runtime on a processor: convolutions and sums run in int8 if their outputs are quantised too.
 
+    Args:
+        saturates: whether kernels for weights of 8 bits lose sums on the processors that the file is for, as those with AVX2 but without
+            VNNI do: such weights are UINT8 then, which is slower where nothing is lost. None: as the processor here.
+
     Example:
         >>> OnnxRuntimeCPU().options()[:2]
         ((2, 8), (3, 8))
     """
 
+    saturates: bool | None = None
+
     int8_between = True
-    layout = Layout(channel_blocks=True, channels_last=True)
     arithmetic = OnnxRuntimeArithmetic()
+
+    @property
+    def layout(self) -> Layout:
+        """See `Target`.
+
+        Raises:
+            OptionError: if ONNX Runtime is not installed.
+        """
+        from subbyte.export.saturation import saturates
+
+        lost = saturates(self.open) if self.saturates is None else self.saturates
+        return Layout(unsigned_weights=lost, channel_blocks=True, channels_last=True)
 
     def version(self) -> str:
         """See `Target`.
@@ -286,9 +306,13 @@ class TensorRT(Target):
     """
 
     int8_between = True
-    layout = Layout(signed_codes=True)
     weight_groups = (64, 128)
     timed = False
+
+    @property
+    def layout(self) -> Layout:
+        """See `Target`."""
+        return Layout(signed_codes=True)
 
     def version(self) -> str:
         """See `Target`; of the reference.
