@@ -64,7 +64,7 @@ def test_a_layers_file_is_what_the_layer_is_in_a_whole_file(module: nn.Module, s
     operator = operator_of(module)
     assert operator is not None and isinstance(module.weight, torch.Tensor)
     geometry = Geometry(operator, tuple(module.weight.shape), shape, module.weight.shape[0])
-    files = quantized_files(geometry, ((2, 8), (4, 8), (8, 8)), OnnxRuntimeCPU())
+    files = quantized_files(geometry, ((2, 8), (4, 8), (8, 8)), OnnxRuntimeCPU(saturates=False))
     for file in files.values():
         assert operators(file.content) == kinds
         (found,) = OnnxRuntimeCPU().open(file.content, optimized=True, threads=1)([file.example])
@@ -113,7 +113,7 @@ class Counting(OnnxRuntimeCPU):
 
 
 def test_layers_that_are_alike_are_measured_once_and_nothing_twice(tmp_path: Path) -> None:
-    timing, choices = Timing(Counting(), threads=1), Choices((2, 8))
+    timing, choices = Timing(Counting(saturates=False), threads=1), Choices((2, 8))
     Counting.opened.clear()
     first = subbyte.profile(net(), DATA, timing, choices=choices, bank=Bank(tmp_path))
     assert len(Counting.opened) == 2 * (3 + 1)  # two geometries, float and two options each, and the file that does nothing beside them
