@@ -4,6 +4,7 @@ beside ONNX Runtime's own static quantiser.
     python benchmarks/onnx_files.py --network resnet20                      # one network, rounded plainly at mixed 2..8-bit weights
     python benchmarks/onnx_files.py --out docs/results/onnx.json            # all four
     python benchmarks/onnx_files.py --table docs/results/onnx.json          # print the table of an earlier run
+    python benchmarks/onnx_files.py --signed --images 500                   # INT8 weights of 8 bits also where the processor cuts off sums
 
 Weights of 2 to 8 bits in turn, first and last layer at 8; inputs of 8 bits. All files are timed in turns in one process, one sample
 at a time.
@@ -73,15 +74,15 @@ def chosen(task: Any, images: int | None) -> torch.Tensor:
     return torch.arange(count) if images is None else torch.arange(images) * count // images
 
 
-def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
+def measure(network: str, runtime: subbyte.Target, threads: int, images: int | None) -> dict[str, Any]:
     """All figures of one network."""
     task = TASKS[network]()
     names = [layer.name for layer in survey(task.model, [task.calibration[:2]])[0].layers]
     result = subbyte.quantize(task.model, task.calibration, widths=mixed_widths(names, task.first_and_last))
-    runtime, openvino = subbyte.OnnxRuntimeCPU(), subbyte.OpenVINOCPU()
+    openvino = subbyte.OpenVINOCPU()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        exported = result.export_onnx(folder / "model.onnx", threads=threads)
+        exported = result.export_onnx(folder / "model.onnx", runtime, threads=threads)
         content = (folder / "model.onnx").read_bytes()
         example = Example.of([task.calibration[:4]])
         plain, _ = to_file(trace(marked(task.model).model, example), example, {})
@@ -106,6 +107,7 @@ def measure(network: str, threads: int, images: int | None) -> dict[str, Any]:
     return {
         "network": network,
         "threads": threads,
+        "unsigned": runtime.layout.unsigned_weights,
         "layers": len(result.layers),
         "int8": len(result.layers) - len(exported.verification.float_layers),
         "openvino_int8": len(result.layers) - len(for_openvino.verification.float_layers),
@@ -153,6 +155,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of the runtimes")
     parser.add_argument("--torch-threads", type=int, default=2, help="of everything else")
     parser.add_argument("--images", type=int, help="so many test images, evenly spaced; otherwise all")
+    parser.add_argument("--signed", action="store_true", help="weights of 8 bits are INT8 on any processor")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--table", type=Path)
     given = parser.parse_args()
@@ -160,9 +163,9 @@ def main() -> None:
         print(table(json.loads(given.table.read_text())["rows"]))
         return
     torch.set_num_threads(given.torch_threads)
-    rows = []
+    rows, runtime = [], subbyte.OnnxRuntimeCPU(saturates=False if given.signed else None)
     for network in given.network:
-        rows.append(measure(network, given.threads, given.images))
+        rows.append(measure(network, runtime, given.threads, given.images))
         print(json.dumps(rows[-1]), flush=True)
         if given.out:
             given.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
