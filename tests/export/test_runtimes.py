@@ -57,7 +57,7 @@ def test_ctrl_c_after_openvino_has_run_is_an_interrupt() -> None:
 def test_one_sample_of_dozens_that_differs_without_optimizations_is_no_warning(agreement: float, samples: int, warned: bool) -> None:
     checks = (RuntimeCheck(False, agreement, 0.5), RuntimeCheck(True, 100.0, 0.0))
     found = Verification("X", samples, checks, {"a": "QGemm"}, 1, 2, 1.0, 2.0, Clock(1), 1.0, 2.0)
-    told = _warnings(found, Demands(), subbyte.OnnxRuntimeCPU())
+    told = _warnings(found, Demands(), subbyte.OnnxRuntimeCPU(), [])
     assert [f"{agreement:.2f} %" in line for line in told] == [True] * warned
     shipped = replace(found, checks=(RuntimeCheck(False, 100.0, 0.0), RuntimeCheck(True, agreement, 0.5)))
-    assert len(_warnings(shipped, Demands(), subbyte.OnnxRuntimeCPU())) == (agreement < 99.0)
+    assert len(_warnings(shipped, Demands(), subbyte.OnnxRuntimeCPU(), [])) == (agreement < 99.0)

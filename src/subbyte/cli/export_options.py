@@ -69,8 +69,8 @@ def target_from(name: TargetName) -> Target:
         name: of the target.
 
     Example:
-        >>> target_from(TargetName.ONNXRUNTIME)
-        OnnxRuntimeCPU()
+        >>> target_from(TargetName.ONNXRUNTIME).name
+        'OnnxRuntimeCPU'
     """
     named: dict[TargetName, Target] = {
         TargetName.ONNXRUNTIME: OnnxRuntimeCPU(),
