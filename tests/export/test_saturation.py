@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import subbyte
-from subbyte.export.targets import Arrays, Run
+from subbyte.export.targets import Run
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 from subbyte.export.saturation import saturates  # noqa: E402 - needs onnx
@@ -50,36 +51,34 @@ def largest(exported: subbyte.Exported) -> float:
     return max(check.largest_steps for check in exported.verification.checks)
 
 
-def answering(value: int) -> tuple[Run, list[dict[str, object]]]:
-    asked: list[dict[str, object]] = []
+@dataclass(frozen=True)
+class Answering(subbyte.OnnxRuntimeCPU):
+    """A runtime in which every sum comes out as the same number."""
 
-    def open_file(content: bytes, **settings: object) -> Run:
+    value: int = 0
+    asked = []
+
+    def open(self, content: bytes, *, optimized: bool, threads: int) -> Run:
         onnx.checker.check_model(onnx.load_from_string(content))
-        asked.append(settings)
-
-        def run(inputs: Arrays) -> Arrays:
-            return [np.full_like(inputs[0], value)]
-
-        return run
-
-    return open_file, asked
+        self.asked.append(optimized)
+        return lambda inputs: [np.full_like(inputs[0], self.value)]
 
 
 @pytest.mark.parametrize(("value", "lost"), [(255, False), (254, False), (129, True)])
 def test_a_processor_is_asked_once(value: int, lost: bool) -> None:
-    open_file, asked = answering(value)
-    assert saturates(open_file) is lost and saturates(open_file) is lost
-    assert asked == [{"optimized": True, "threads": 1}]
+    Answering.asked.clear()
+    assert [saturates(Answering(value=value)) for _ in range(2)] == [lost] * 2 and Answering.asked == [True]
+    assert Answering(value=value).layout.unsigned_weights is lost and Answering.asked == [True]
 
 
 def test_layouts_are_for_the_processor_here_or_the_one_that_is_named() -> None:
-    assert subbyte.OnnxRuntimeCPU().layout.unsigned_weights is saturates(subbyte.OnnxRuntimeCPU().open)
+    assert subbyte.OnnxRuntimeCPU().layout.unsigned_weights is saturates(subbyte.OnnxRuntimeCPU())
     assert [subbyte.OnnxRuntimeCPU(saturates=lost).layout.unsigned_weights for lost in (True, False)] == [True, False]
 
 
 def test_unsigned_weights_are_the_same_numbers_on_every_processor(tmp_path: Path) -> None:
     unsigned, signed = files(tmp_path, [subbyte.OnnxRuntimeCPU(saturates=True), subbyte.OnnxRuntimeCPU(saturates=False)], weight_bits=8)
-    lost = saturates(subbyte.OnnxRuntimeCPU().open)
+    lost = saturates(subbyte.OnnxRuntimeCPU())
     assert largest(unsigned) < 0.1 and not any(CUT_OFF in text for text in unsigned.warnings)
     assert unsigned.verification.float_layers == signed.verification.float_layers == ("upwards",)  # has no int8 kernel
     assert (largest(signed) > 1.0) is lost and any(CUT_OFF in text for text in signed.warnings) is lost
@@ -102,7 +101,7 @@ def test_openvino_says_what_it_cuts_off(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     (done,) = files(tmp_path, [subbyte.OpenVINOCPU()], weight_bits=8)
     (told,) = [text for text in done.warnings if CUT_OFF in text] or [""]
-    assert bool(told) is saturates(subbyte.OpenVINOCPU().open) and ("first" in told) is bool(told)
+    assert bool(told) is saturates(subbyte.OpenVINOCPU()) and ("first" in told) is bool(told)
 
 
 def test_affine_weights_of_transposed_convolutions_keep_their_zero_points(tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _cut_off(states: Mapping[str, QuantizedState], verification: Verification, t
         return []
     from subbyte.export.saturation import saturates  # needs packages that `import subbyte` does not
 
-    return wide if saturates(target.open) else []
+    return wide if saturates(target) else []
 
 
 def _warnings(verification: Verification, demands: Demands, target: Target, cut_off: Sequence[str]) -> tuple[str, ...]:

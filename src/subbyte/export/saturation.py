@@ -17,14 +17,13 @@ Source:
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
 from subbyte.export.onnx_graph import OPSET
-from subbyte.export.targets import Run
+from subbyte.export.targets import Target
 
 CHANNELS = 64
 TOP, LARGEST = 255, 127  # of UINT8, and of weights of 8 bits
@@ -33,17 +32,17 @@ IR_VERSION = 10
 
 
 @functools.cache
-def saturates(open_file: Callable[..., Run]) -> bool:
+def saturates(target: Target) -> bool:
     """Whether a runtime's int8 kernels, on this processor, lose parts of large sums.
 
     Args:
-        open_file: `Target.open` of a target that has it; is called once in a process.
+        target: that has the runtime, which is asked once in a process.
 
     Raises:
         OptionError: if the runtime is not installed.
     """
     codes = np.full((1, CHANNELS, 4, 4), TOP, np.uint8)
-    found = open_file(_largest_sum(), optimized=True, threads=1)([codes])[0]
+    found = target.open(_largest_sum(), optimized=True, threads=1)([codes])[0]
     return float(np.min(found)) < LOST * TOP
 
 

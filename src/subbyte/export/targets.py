@@ -138,7 +138,7 @@ class OnnxRuntimeCPU(Target):
         """
         from subbyte.export.saturation import saturates
 
-        lost = saturates(self.open) if self.saturates is None else self.saturates
+        lost = saturates(self) if self.saturates is None else self.saturates
         return Layout(unsigned_weights=lost, channel_blocks=True, channels_last=True)
 
     def version(self) -> str:
