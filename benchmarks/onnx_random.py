@@ -40,7 +40,9 @@ def differences(seed: int, count: int) -> dict[bool, list[float]]:
     worst = {}
     for optimized in (True, False):
         found = runtime.open(content, optimized=optimized, threads=1)([x.numpy() for x in samples])
-        worst[optimized] = [float(255 * np.abs(a - b).max() / (b.max() - b.min())) for a, b in zip(found, expected, strict=True)]
+        worst[optimized] = [
+            float(255 * np.abs(a - b).max() / (float(b.max() - b.min()) or 1.0)) for a, b in zip(found, expected, strict=True)
+        ]
     return worst
 
 

@@ -104,6 +104,20 @@ def test_openvino_says_what_it_cuts_off(tmp_path: Path) -> None:
     assert bool(told) is saturates(subbyte.OpenVINOCPU()) and ("first" in told) is bool(told)
 
 
+def test_openvino_computes_unsigned_weights_in_floating_point(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    from subbyte.export.runtimes import _compiled
+
+    if not saturates(subbyte.OpenVINOCPU()):
+        pytest.skip("this processor loses no sums")
+    files(tmp_path, [subbyte.OnnxRuntimeCPU()], weight_bits=8)
+    told = [
+        node.get_rt_info()
+        for node in _compiled((tmp_path / "0.onnx").read_bytes(), optimized=True, threads=1).get_runtime_model().get_ops()
+    ]
+    assert {info["runtimePrecision"].value for info in told if info["layerType"].value == "Convolution"} == {"f32"}
+
+
 def test_affine_weights_of_transposed_convolutions_keep_their_zero_points(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2), nn.ReLU()).eval()

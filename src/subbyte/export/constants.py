@@ -123,8 +123,9 @@ def unsigned(constants: LayerConstants) -> LayerConstants:
     transposed = isinstance(operator, Convolution) and operator.transposed
     if grid.bits != MAX_BITS or not grid.symmetric or constants.bias_codes is None or transposed:
         return constants
-    middle = torch.full_like(constants.zero_point, 1 << (MAX_BITS - 1))
-    return replace(constants, grid=replace(grid, symmetric=False), codes=constants.codes + (1 << (MAX_BITS - 1)), zero_point=middle)
+    middle = 1 << (MAX_BITS - 1)
+    zero_point = torch.full_like(constants.zero_point, middle)
+    return replace(constants, grid=replace(grid, symmetric=False), codes=constants.codes + middle, zero_point=zero_point)
 
 
 def _give_(graph: GraphModule, node: Node, marker: Node, value: Tensor, key: str) -> None:

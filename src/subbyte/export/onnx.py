@@ -269,7 +269,7 @@ def _warnings(verification: Verification, demands: Demands, target: Target, cut_
     told = []
     if cut_off:
         told.append(
-            f"int8 kernels of {verification.target} on this processor (AVX2 without VNNI) cut off large sums of weights of 8 bits, in "
+            f"int8 kernels of {verification.target} on this processor cut off large sums of weights of 8 bits, in "
             f"{', '.join(cut_off)}: give these layers 7 bits or fewer"
         )
     if verification.size_bytes >= verification.float_bytes:

@@ -1,8 +1,8 @@
 """Processors whose int8 kernels lose sums.
 
 AVX2 multiplies pairs of UINT8 inputs and INT8 weights and adds the two products in 16 bits, which hold 32767: two inputs of 255 with two
-weights above 64 are more, and the sum is cut off there. Weights of 7 bits or fewer are never that large. VNNI and AMX, and other makes of
-processor, add in 32 bits.
+weights above 64 are more, and the sum is cut off there. Weights of 7 bits or fewer are never that large. VNNI and AMX add
+in 32 bits.
 
     255 (|w_1| + |w_2|) <= 32767    where both are at most 64
 
@@ -22,13 +22,13 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from subbyte.export.layer_files import IR_VERSION
 from subbyte.export.onnx_graph import OPSET
 from subbyte.export.targets import Target
 
 CHANNELS = 64
 TOP, LARGEST = 255, 127  # of UINT8, and of weights of 8 bits
 LOST = 0.9  # of the sum, what arrives where pairs are cut off is about half
-IR_VERSION = 10
 
 
 @functools.cache

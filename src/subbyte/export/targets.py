@@ -117,7 +117,7 @@ class OnnxRuntimeCPU(Target):
 
     Args:
         saturates: whether kernels for weights of 8 bits lose sums on the processors that the file is for, as those with AVX2 but without
-            VNNI do: such weights are UINT8 then, which is slower where nothing is lost. None: as the processor here.
+            VNNI do: such weights are UINT8 then. None: as the processor here.
 
     Example:
         >>> OnnxRuntimeCPU().options()[:2]
@@ -187,7 +187,8 @@ class OnnxRuntimeCPU(Target):
 
 @dataclass(frozen=True)
 class OpenVINOCPU(Target):
-    """OpenVINO on a processor; the file is the one that `OnnxRuntimeCPU` gives, but for channels that only the latter needs.
+    """OpenVINO on a processor; the file is the one that `OnnxRuntimeCPU` gives, but for channels and UINT8
+    weights that only the latter needs.
 
     Example:
         >>> OpenVINOCPU().options() == OnnxRuntimeCPU().options()
