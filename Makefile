@@ -17,7 +17,7 @@ demo: $(STAMP)
 	.venv/bin/python -m subbyte.tasks.demo
 
 test: $(STAMP)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadfile
 
 lint: $(STAMP)
 	.venv/bin/python -m ruff check .

@@ -102,7 +102,9 @@ def test_a_model_whose_layers_are_never_called() -> None:
     refused(ModelError, "nothing to quantize", Unused())
 
 
-@pytest.mark.parametrize("model", [None, torch.relu, nn.Linear, {"weight": torch.ones(2, 2)}, "model.py"], ids=repr)
+@pytest.mark.parametrize(
+    "model", [None, torch.relu, nn.Linear, {"weight": torch.ones(2, 2)}, "model.py"], ids=["none", "function", "class", "weights", "path"]
+)
 def test_what_is_no_model(model: Any) -> None:
     refused(ModelError, f"the model is a torch.nn.Module, not {type(model).__name__}", model)
 
@@ -296,7 +298,11 @@ def test_calibration_data_that_is_the_same_everywhere(recipe: Recipe) -> None:
 # The calibration set.
 
 
-@pytest.mark.parametrize("batches", [[], (), torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8)], iter([])], ids=str)
+@pytest.mark.parametrize(
+    "batches",
+    [[], (), torch.zeros(0, 3, 8, 8), [torch.zeros(0, 3, 8, 8)], iter([])],
+    ids=["list", "tuple", "tensor", "list of a tensor", "iterator"],
+)
 def test_an_empty_calibration_set(batches: Any) -> None:
     refused(DataError, "the calibration set is empty", Net(), batches)
 

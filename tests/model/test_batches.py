@@ -41,7 +41,9 @@ def test_empty_batches_are_passed_over() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [[], (), iter(()), torch.zeros(0, 3), [torch.zeros(0, 3)], torch.utils.data.DataLoader(torch.zeros(0, 3))], ids=repr
+    "data",
+    [[], (), iter(()), torch.zeros(0, 3), [torch.zeros(0, 3)], torch.utils.data.DataLoader(torch.zeros(0, 3))],
+    ids=["list", "tuple", "iterator", "tensor", "list of a tensor", "loader"],
 )
 def test_no_sample_at_all_is_refused(data: object) -> None:
     with pytest.raises(DataError, match="calibration set is empty"):
