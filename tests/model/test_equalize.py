@@ -191,7 +191,7 @@ def test_where_no_input_is_quantized_nothing_is_scaled() -> None:
     assert subbyte.quantize(model, torch.randn(IMAGES), widths=subbyte.Widths(4, None)).equalized == ()
 
 
-@pytest.mark.parametrize("settings", [{"strengths": ()}, {"strengths": (1.5,)}, {"most": 0.5}])
+@pytest.mark.parametrize("settings", [{"strengths": ()}, {"strengths": (1.5,)}, {"most": 0.5}, {"own_below": 1.5}])
 def test_settings_outside_their_range_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(OptionError, match="strengths from 0 to 1"):
         Equalization(**settings)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from subbyte.model.input_factors import factors_from
 from subbyte.model.operators import Convolution, Linear, Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
@@ -139,6 +140,7 @@ class MarkedLayer(nn.Module):
 
     weight: Tensor
     bias: Tensor
+    factors: Tensor | None
 
     def __init__(self, layer: QuantizedLayer, key: str) -> None:
         super().__init__()
@@ -148,6 +150,7 @@ class MarkedLayer(nn.Module):
         state, self.operator = outputs_first(layer)
         self.key = key
         self.input_grid = TensorGrid.of(*state.activation) if state.activation else None
+        self.register_buffer("factors", None if layer.input_exponents is None else factors_from(layer.input_exponents))
         self.register_buffer("weight", state.weight(self.operator))
         self.register_buffer("bias", torch.zeros(len(state.scale)) if state.bias is None else state.bias)
         # torch.nn.TransformerEncoderLayer has a fast path that never calls a layer, unless a hook hangs on it
@@ -160,6 +163,8 @@ class MarkedLayer(nn.Module):
         Args:
             input: float32, the shape that the layer accepts.
         """
+        if self.factors is not None:
+            input = input * self.factors  # noqa: A001
         if self.input_grid is not None:
             grid = self.input_grid
             input = quantize(input, grid.scale, grid.zero_point, grid.low, grid.high)  # noqa: A001

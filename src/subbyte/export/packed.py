@@ -8,6 +8,7 @@ All quantized layers together make a handful of tensors, so that a small network
     subbyte.bias                   F32  b of the output channels, of layers that have one
     subbyte.activation_scale       F32  s_x, of layers with a quantized input
     subbyte.activation_zero_point  U8   z_x, likewise
+    subbyte.input_exponents        I8   e of the input channels, of layers that multiply their input by 2^e
 
 followed by whatever else the model's state holds, under its own names. The header's metadata entry ``subbyte`` is a checksum and JSON: the
 layers and their grids, the folded batch norms, the fingerprint of the source model's structure and the library's version. Loading executes
@@ -36,18 +37,19 @@ from subbyte.errors import FileError, ModelError, SubbyteError
 from subbyte.export.bits import pack, packed_size, unpack
 from subbyte.model.attention import products_of, put_products_
 from subbyte.model.fold import Fold
+from subbyte.model.input_factors import EXPONENTS, MOST
 from subbyte.model.operators import Convolution, Linear, operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.granularity import group_count
 from subbyte.quantizers.grid import Grid
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LIBRARY_VERSION = version("subbyte")
 PREFIX = "subbyte."
 SIZE_DIGITS = 12  # that every number in the header is given room for which depends on the widths
 CHECKSUM_DIGITS = 32
-FLOATS = ("weight_scale", "bias", "activation_scale")  # the rest of a layer is bytes
+DTYPES = dict.fromkeys(("weight_scale", "bias", "activation_scale"), torch.float32) | {EXPONENTS: torch.int8}  # all else is uint8
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,6 +117,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     own = [states[name] for name, layer in layers.items() if layer.shares is None]
     affine = [state.zero_point for state in own if not state.weight_grid.symmetric]
     biases = [state.bias for state in states.values() if state.bias is not None]
+    exponents = [layer.input_exponents.cpu() for layer in layers.values() if layer.input_exponents is not None]
     tensors = {
         "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in own])),
         "weight_scale": torch.cat([state.scale.flatten().cpu() for state in own]),
@@ -122,6 +125,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "bias": torch.cat([bias.cpu() for bias in biases]) if biases else None,
         "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
         "activation_zero_point": torch.stack([zero.to("cpu", torch.uint8) for _, zero, _ in inputs]) if inputs else None,
+        EXPONENTS: torch.cat(exponents) if exponents else None,
     }
     packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
     packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
@@ -142,6 +146,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "weight_symmetric": [int(state.weight_grid.symmetric) for state in states.values()],
         "activation_bits": [state.activation[2].bits if state.activation else 0 for state in states.values()],
         "transposed": [int(_is_transposed(layer)) for layer in layers.values()],
+        EXPONENTS: [int(layer.input_exponents is not None) for layer in layers.values()],
     }
     return PackedModel(packed, metadata)
 
@@ -228,15 +233,16 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     if not isinstance(metadata["structure"], str) or not all(len(pair) == 2 for pair in metadata["folds"]):
         raise ValueError("its structure or folds")
     columns = [metadata[key] for key in ("names", "shapes", "channels", "group", "bias")]
-    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits", "shares")]
+    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits", "shares", EXPONENTS)]
     counts: defaultdict[str, int] = defaultdict(int)
-    for index, (_name, shape, outputs, group, has_bias, bits, symmetric, activation_bits, owner) in enumerate(zip(*columns, strict=True)):
+    for index, row in enumerate(zip(*columns, strict=True)):
+        _name, shape, outputs, group, has_bias, bits, symmetric, activation_bits, owner, has_exponents = row
         if owner >= 0:
             _check_shared(metadata, index, owner)
         if not all(isinstance(size, int) and size > 0 for size in (*shape, outputs)):
             raise ValueError(f"shape {shape} with {outputs} output channels")
-        if group and len(shape) != 2:
-            raise ValueError(f"groups of {group} columns in a weight of shape {shape}")
+        if (group or has_exponents) and len(shape) != 2:
+            raise ValueError(f"groups of columns, or factors of inputs, of a weight of shape {shape}")
         grid, steps = Grid(bits, group=group or None), _step_count(shape, outputs, group)
         Grid(activation_bits or 8)
         if owner < 0:
@@ -246,8 +252,11 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
         counts["bias"] += outputs if has_bias else 0
         counts["activation_scale"] += bool(activation_bits)
         counts["activation_zero_point"] += bool(activation_bits)
+        counts[EXPONENTS] += _input_count(shape, outputs) if has_exponents else 0
     for name, count in counts.items():
-        _expect(tensors, name, torch.float32 if name in FLOATS else torch.uint8, count)
+        _expect(tensors, name, DTYPES.get(name, torch.uint8), count)
+    if int(tensors.get(PREFIX + EXPONENTS, torch.zeros(1)).abs().amax()) > MOST:
+        raise ValueError(f"{EXPONENTS} holds numbers beyond {MOST}")
 
 
 def _check_shared(metadata: Mapping[str, Any], index: int, owner: int) -> None:
@@ -259,7 +268,12 @@ def _check_shared(metadata: Mapping[str, Any], index: int, owner: int) -> None:
 
 def _step_count(shape: Sequence[int], outputs: int, group: int) -> int:
     """Steps of a layer: one for each output channel, or for each of its column groups."""
-    return outputs * group_count(int(np.prod(shape, dtype=np.int64)) // outputs, group or None)
+    return outputs * group_count(_input_count(shape, outputs), group or None)
+
+
+def _input_count(shape: Sequence[int], outputs: int) -> int:
+    """Weights of one output channel."""
+    return int(np.prod(shape, dtype=np.int64)) // outputs
 
 
 def _expect(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype, count: int) -> None:
@@ -284,7 +298,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         put_products_(model, [name for name in attention if attention[name] == bits], bits)
     for products in products_of(model).values():
         products.assign_(torch.ones(4), torch.zeros(4, dtype=torch.int32))
-    names, shares = packed.metadata["names"], packed.metadata["shares"]
+    names, shares, parts = packed.metadata["names"], packed.metadata["shares"], _Parts(packed.tensors)
     for index, (name, layer_state) in enumerate(layer_states(packed)):
         module = model.get_submodule(name)
         operator = operator_of(module)
@@ -293,6 +307,9 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         quantized = QuantizedLayer(module, operator)
         quantized.shares = None if shares[index] < 0 else names[shares[index]]
         quantized.assign_(layer_state)
+        if packed.metadata[EXPONENTS][index]:
+            inputs = _input_count(layer_state.codes.shape, packed.metadata["channels"][index])
+            quantized.input_exponents = parts.take(EXPONENTS, inputs)
         replace_module_(model, module, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]
     expected = _other_state(model, _quantized_layers(model))
     if set(expected) != set(state):

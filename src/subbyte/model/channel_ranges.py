@@ -13,6 +13,7 @@ from subbyte.model.channel_flow import Flow, channels_first, removed
 from subbyte.model.layers import Layer
 from subbyte.model.operators import Linear
 from subbyte.model.padding import real_positions, without_padding
+from subbyte.quantizers.granularity import column_groups
 
 POWER = 8  # of the mean that stands for a channel's range: near the largest value, and no single one decides
 
@@ -22,17 +23,16 @@ class ChannelRanges:
 
     Args:
         model: float model in evaluation mode.
-        flows: sources and readers.
-        layers: by name, all of the readers and those sources that are layers.
+        reading: names of layers whose inputs are looked at.
+        giving: names of layers whose outputs are looked at.
+        layers: by name, all of these.
 
     Attributes:
         outputs: by the name of a source that is a layer, its largest outputs, float32 (C,).
     """
 
-    def __init__(self, model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer]) -> None:
-        self.model, self.layers = model, layers
-        self.reading = list(dict.fromkeys(name for flow in flows for name in flow.readers))
-        self.giving = [flow.source for flow in flows if flow.source in layers]
+    def __init__(self, model: nn.Module, reading: Sequence[str], giving: Sequence[str], layers: Mapping[str, Layer]) -> None:
+        self.model, self.reading, self.giving, self.layers = model, reading, giving, layers
         self.sums: dict[str, Tensor] = {}
         self.squares: dict[str, Tensor] = {}
         self.largest: dict[str, Tensor] = {}
@@ -86,12 +86,13 @@ class ChannelRanges:
         """
         return (self.sums[name] / self.counts[name]).pow(1 / POWER)
 
-    def noises(self, name: str, factors: Tensor) -> tuple[float, float]:
+    def noises(self, name: str, factors: Tensor, group: int | None) -> tuple[float, float]:
         """Squares that rounding a reader's weights and its inputs with a single step over the range adds to its outputs.
 
         Args:
             name: of the reader.
             factors: of its inputs, undone by its weights, float64 (C_in,).
+            group: consecutive weights of an output channel that share a step, where the reader is linear; None: all.
         """
         module, operator = self.model.get_submodule(name), self.layers[name].operator
         assert isinstance(module.weight, Tensor)
@@ -99,8 +100,11 @@ class ChannelRanges:
         scaled = operator.to_matrix(weight / operator.per_input(factors, weight))  # (G, O, n)
         energy = factors.square() * self.squares[name] / self.counts[name]
         energies = operator.to_matrix(operator.per_input(energy, weight).expand_as(weight))
-        weights = (2 * scaled.abs().amax(2)).square() * energies.sum(2)
-        return float(weights.sum()), float((self.power(name) * factors).amax().square() * scaled.square().sum())
+        groups = column_groups(scaled.shape[2], group if isinstance(operator, Linear) else None)
+        weights = sum(
+            float(((2 * scaled[..., columns].abs().amax(2)).square() * energies[..., columns].sum(2)).sum()) for columns in groups
+        )
+        return weights, float((self.power(name) * factors).amax().square() * scaled.square().sum())
 
     def inputs(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """Of a source's channels where they are read: root of the mean power, float64 (C,), and the largest value, float32 (C,).

@@ -10,6 +10,10 @@ values. A ReLU6 passes them on below its bound, so that `k_c` goes up to where t
 
 Who reads a source is found by running (`channel_flow`). The finished change is proved by comparing outputs, as that of `fold` is, and
 undone where they differ.
+
+A linear layer that no source can serve, because what it reads is read elsewhere too, multiplies its input itself (`input_factors`), where
+the predicted noise is less by enough: the multiplication is one more step at run time. What solvers leave of the noise of rounding weights
+is a small share of it, and of that of inputs they leave nearly all.
 """
 
 from __future__ import annotations
@@ -26,9 +30,12 @@ from subbyte.model.batches import Batch, probes
 from subbyte.model.channel_flow import EXACT, Flow, find_flows, scale_source_
 from subbyte.model.channel_ranges import ChannelRanges
 from subbyte.model.fold import NormOutput, outputs_of_those_that_run, same_outputs
+from subbyte.model.input_factors import put_exponents_
 from subbyte.model.layers import Layer
-from subbyte.model.operators import Convolution
+from subbyte.model.operators import Convolution, Linear
 from subbyte.widths import Option
+
+LEFT_OF_WEIGHTS = 0.05  # of the noise of rounding weights: what counts where a layer scales its own input
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Equalization:
             readers' widths, is taken. Where a reader has a step of its own for each channel's weights, as a depthwise convolution,
             nothing is lost, and the power is 1.
         most: ratio of the largest factor of a source to the smallest, at most.
+        own_below: a linear layer that no source serves multiplies its input itself if that brings the predicted noise below this share of
+            what it is; 0: never.
 
     Raises:
         OptionError: if a value is outside its range.
@@ -56,19 +65,20 @@ class Equalization:
 
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     most: float = 50.0
+    own_below: float = 0.8
 
     def __post_init__(self) -> None:
-        if not self.strengths or not all(0 <= strength <= 1 for strength in self.strengths) or not self.most >= 1:
-            raise OptionError(f"Equalization needs strengths from 0 to 1 and a ratio of at least 1, not {self}")
+        if not self.strengths or not all(0 <= share <= 1 for share in (*self.strengths, self.own_below)) or not self.most >= 1:
+            raise OptionError(f"Equalization needs strengths from 0 to 1, own_below too, and a ratio of at least 1, not {self}")
 
 
 @dataclass(frozen=True, eq=False)
 class Equalized:
-    """A module whose channels were scaled.
+    """A module whose channels were scaled, or a layer that scales its own input.
 
     Args:
         source: its qualified name.
-        readers: names of the layers that undo it.
+        readers: names of the layers that undo it; of a layer that scales its own input, its name alone.
         factors: float32 (C,), positive.
     """
 
@@ -76,10 +86,20 @@ class Equalized:
     readers: tuple[str, ...]
     factors: Tensor
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the layer scales its own input."""
+        return self.readers == (self.source,)
+
 
 @torch.no_grad()
 def equalize_(
-    model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batch], options: Mapping[str, Sequence[Option]], settings: Equalization
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    options: Mapping[str, Sequence[Option]],
+    settings: Equalization,
+    group: int | None = None,
 ) -> tuple[Equalized, ...]:
     """Equalize channels wherever that changes nothing the model computes.
 
@@ -89,6 +109,7 @@ def equalize_(
         batches: calibration set, see `batches.as_batches`; ranges are taken from all of it.
         options: widths that each layer may have, by name.
         settings: how.
+        group: consecutive weights of an output channel that share a step, of linear layers; None: all.
 
     Returns:
         What was scaled.
@@ -106,25 +127,39 @@ def equalize_(
     if not before:
         return ()
     flows = find_flows(model, usable, before[0][0])
-    seen = _ranges(model, flows, usable, batches) if flows else None
+    served = {name for flow in flows for name in flow.readers}
+    alone = [name for name, layer in usable.items() if name not in served and _may_scale_itself(layer, options[name], settings)]
+    seen = _ranges(model, flows, alone, usable, batches)
     if seen is None:
         return ()
-    found = _factors(seen, flows, options, settings)
+    kept = _scale_sources_(model, seen, flows, _factors(seen, flows, options, settings, group), before)
+    for name in alone:
+        factors = _own_factors(seen, name, options, settings, group)
+        if factors is not None:
+            put_exponents_(model.get_submodule(name), factors.log2().to(torch.int8), usable[name].operator)
+            kept.append(Equalized(name, (name,), factors))
+    return tuple(kept)
+
+
+def _scale_sources_(
+    model: nn.Module, seen: ChannelRanges, flows: Sequence[Flow], found: Sequence[Equalized], before: _Outputs
+) -> list[Equalized]:
+    """Scale sources, all for which the outputs stay."""
     done = [one for one in found if float(one.factors.max()) > float(one.factors.min()) * (1 + EXACT)]
     readers = {flow.source: flow.readers for flow in flows}
-    undo = [_scale_(model, usable, one, readers[one.source]) for one in done]
+    undo = [_scale_(model, seen.layers, one, readers[one.source]) for one in done]
     if same_outputs(model, before):
-        return tuple(done)
+        return done
     for step in reversed(undo):
         _restore_(step)
     kept = []
     for one in done:  # one of them is wrong: try each alone
-        step = _scale_(model, usable, one, readers[one.source])
+        step = _scale_(model, seen.layers, one, readers[one.source])
         if same_outputs(model, before):
             kept.append(one)
         else:
             _restore_(step)
-    return tuple(kept)
+    return kept
 
 
 def scaled_norms(norms: Mapping[str, NormOutput], equalized: Sequence[Equalized]) -> dict[str, NormOutput]:
@@ -134,13 +169,14 @@ def scaled_norms(norms: Mapping[str, NormOutput], equalized: Sequence[Equalized]
         norms: by the layer's name, from `fold.norm_outputs`.
         equalized: what was scaled since.
     """
-    factors = {one.source: one.factors for one in equalized}
+    factors = {one.source: one.factors for one in equalized if not one.is_own}
     return {
         name: NormOutput(norm.gamma * factors[name], norm.beta * factors[name], norm.epsilon) if name in factors else norm
         for name, norm in norms.items()
     }
 
 
+_Outputs = Sequence[tuple[Batch, list[Tensor]]]  # batches, and what the model returned
 _Undo = list[tuple[nn.Module, dict[str, nn.Parameter | None]]]  # modules, and their parameters before
 
 
@@ -162,7 +198,7 @@ def _restore_(undo: _Undo) -> None:
 
 
 def _factors(
-    seen: ChannelRanges, flows: Sequence[Flow], options: Mapping[str, Sequence[Option]], settings: Equalization
+    seen: ChannelRanges, flows: Sequence[Flow], options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
 ) -> list[Equalized]:
     """Factors of every source, from ranges over all batches."""
     found = []
@@ -173,7 +209,7 @@ def _factors(
         alone = all(_has_own_steps(seen.layers[name], len(channel)) for name, channel in flow.readers.items())
         top = seen.outputs.get(flow.source)
         tried = [_below_bound(ratio.pow(strength), top, largest) for strength in ((1.0,) if alone else settings.strengths)]
-        best = min(range(len(tried)), key=[_noise(seen, flow, options, factors) for factors in tried].__getitem__)
+        best = min(range(len(tried)), key=[_noise(seen, flow, options, factors, group) for factors in tried].__getitem__)
         found.append(Equalized(flow.source, tuple(flow.readers), tried[best].float()))
     return found
 
@@ -192,25 +228,60 @@ def _below_bound(factors: Tensor, top: Tensor | None, largest: Tensor) -> Tensor
     return torch.where(top > 0, torch.minimum(factors, (bound / top.clamp(min=1e-30)).clamp(min=1.0)), factors)
 
 
-def _noise(seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Option]], factors: Tensor) -> float:
+def _noise(
+    seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Option]], factors: Tensor, group: int | None, share: float = 1.0
+) -> float:
     """Predicted noise of rounding the readers' inputs and weights, over what it is without factors; mean of readers and options.
 
     Rounding to steps `s` adds a variance of `s^2 / 12` to each input and each weight; the twelfth cancels.
+
+    Args:
+        seen: ranges and moments of the readers.
+        flow: source and readers.
+        options: of the readers.
+        factors: float64 (C,).
+        group: see `equalize_`.
+        share: of the noise of weights that counts.
     """
     shares = []
     for name, channel in flow.readers.items():
         mine = torch.where(channel >= 0, factors[channel.clamp(min=0)], 1.0)
-        plain, scaled = seen.noises(name, torch.ones_like(mine)), seen.noises(name, mine)
+        plain, scaled = seen.noises(name, torch.ones_like(mine), group), seen.noises(name, mine, group)
         for weight_bits, activation_bits in options[name]:
             weight_levels, levels = 2**weight_bits - 1, math.inf if activation_bits is None else 2**activation_bits - 1
-            before, after = (noises[0] / weight_levels**2 + noises[1] / levels**2 for noises in (plain, scaled))
+            before, after = (share * noises[0] / weight_levels**2 + noises[1] / levels**2 for noises in (plain, scaled))
             shares.append(after / max(before, 1e-300))
     return math.fsum(shares) / len(shares)
 
 
-def _ranges(model: nn.Module, flows: Sequence[Flow], layers: Mapping[str, Layer], batches: Sequence[Batch]) -> ChannelRanges | None:
+def _may_scale_itself(layer: Layer, options: Sequence[Option], settings: Equalization) -> bool:
+    """Whether a layer is linear and has a quantized input at every option."""
+    return settings.own_below > 0 and isinstance(layer.operator, Linear) and all(bits is not None for _, bits in options)
+
+
+def _own_factors(
+    seen: ChannelRanges, name: str, options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
+) -> Tensor | None:
+    """Powers of two by which a layer best multiplies its input, float32 (C_in,); None where that does not bring enough."""
+    channels = len(seen.squares[name])
+    flow = Flow(name, {name: torch.arange(channels, device=seen.squares[name].device)}, channels)
+    power, _ = seen.inputs(flow)
+    widest = float(power.amax())
+    ratio = widest / power.clamp(min=widest / settings.most if widest > 0 else 1.0)
+    tried = [ratio.pow(strength).log2().round().exp2() for strength in settings.strengths]
+    noises = [_noise(seen, flow, options, factors, group, LEFT_OF_WEIGHTS) for factors in tried]
+    best = min(range(len(tried)), key=noises.__getitem__)
+    return tried[best].float() if noises[best] < settings.own_below else None
+
+
+def _ranges(
+    model: nn.Module, flows: Sequence[Flow], alone: Sequence[str], layers: Mapping[str, Layer], batches: Sequence[Batch]
+) -> ChannelRanges | None:
     """Ranges over all batches; None if the model does not accept one of them, which the calibration pass will report."""
-    seen = ChannelRanges(model, flows, layers)
+    reading = list(dict.fromkeys([*(name for flow in flows for name in flow.readers), *alone]))
+    if not reading:
+        return None
+    seen = ChannelRanges(model, reading, [flow.source for flow in flows if flow.source in layers], layers)
     try:
         for batch in batches:
             seen.add(batch)

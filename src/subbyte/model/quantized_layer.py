@@ -1,6 +1,6 @@
 """The one stateful module: a layer that computes with quantized weights and inputs.
 
-y = operator(q(x; s_x, z_x), s_w (Q - z_w), b)
+y = operator(q(k x; s_x, z_x), s_w (Q - z_w), b)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from subbyte.errors import ModelError
+from subbyte.model.input_factors import EXPONENTS, exponents_of, multiply_input
 from subbyte.model.operators import Operator
 from subbyte.quantizers.affine import dequantize, fake_quantize
 from subbyte.quantizers.granularity import per_weight
@@ -58,10 +59,6 @@ class QuantizedState:
         return operator.from_matrix(per_weight(steps.view(groups, outputs, -1), group, columns))
 
 
-def _be_called(module: nn.Module, args: object) -> None:
-    """Does nothing; that it is there is enough."""
-
-
 class QuantizedLayer(nn.Module):
     """Stands in for a Linear or convolution: float until `assign_` gives it codes, quantized from then on.
 
@@ -70,7 +67,7 @@ class QuantizedLayer(nn.Module):
     A model's own code may read a layer's settings (`self.conv.stride`): the float module's public attributes are taken over.
 
     Args:
-        module: the float layer, with a weight and perhaps a bias.
+        module: the float layer, with a weight, perhaps a bias, and perhaps factors of its input, which this one then has too.
         operator: its arithmetic.
 
     Example:
@@ -86,6 +83,7 @@ class QuantizedLayer(nn.Module):
     zero_point: Tensor | None
     activation_scale: Tensor | None
     activation_zero_point: Tensor | None
+    input_exponents: Tensor | None
     weight: Tensor
     bias: Tensor | None
 
@@ -105,9 +103,10 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("bias", bias.detach() if isinstance(bias, Tensor) else None)
         for name in ("codes", "scale", "zero_point", "activation_scale", "activation_zero_point"):
             self.register_buffer(name, None)
+        self.register_buffer(EXPONENTS, exponents_of(module))
         self.train(module.training)
         # torch.nn.TransformerEncoderLayer has a fast path that reads `weight` and never calls the layer, unless a hook hangs on it
-        self.register_forward_pre_hook(_be_called)
+        self.register_forward_pre_hook(multiply_input, with_kwargs=True)
 
     @property
     def is_quantized(self) -> bool:
@@ -146,7 +145,7 @@ class QuantizedLayer(nn.Module):
         """The layer's output.
 
         Args:
-            input: float32, the shape that the float layer accepted.
+            input: float32, the shape that the float layer accepted; times the layer's factors, if it has any.
         """
         if self.activation_grid is not None:
             assert self.activation_scale is not None and self.activation_zero_point is not None
@@ -159,4 +158,5 @@ class QuantizedLayer(nn.Module):
             return f"{self.kind}, float32"
         inputs = f"A{self.activation_grid.bits}" if self.activation_grid else "A32"
         group = "" if self.weight_grid.group is None else f"/{self.weight_grid.group}"
-        return f"{self.kind}, W{self.weight_grid.bits}{group}{inputs}"
+        scaled = "" if self.input_exponents is None else ", scales its input"
+        return f"{self.kind}, W{self.weight_grid.bits}{group}{inputs}{scaled}"

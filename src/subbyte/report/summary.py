@@ -117,7 +117,7 @@ class Summary:
         layers: in running order.
         left_out: what stays in float32, and why.
         folds: batch norms that were folded.
-        equalized: modules whose channels were scaled, and the layers that undo it.
+        equalized: modules whose channels were scaled, and the layers that undo it; a layer that scales its own input undoes it itself.
         attention: layers with quantized attention products, and their bits.
         measured: losses on held-out samples, before refinements.
         refinements: what followed.
@@ -178,6 +178,16 @@ class Summary:
     def average_bits(self) -> float:
         """Mean width of all weights that are quantized."""
         return sum(layer.weight_bits * layer.weight_count for layer in self.layers) / sum(layer.weight_count for layer in self.layers)
+
+    @property
+    def equalized_sources(self) -> tuple[str, ...]:
+        """Modules whose channels were scaled for the layers behind them."""
+        return tuple(source for source, readers in self.equalized.items() if tuple(readers) != (source,))
+
+    @property
+    def scaling_own_input(self) -> tuple[str, ...]:
+        """Layers that multiply their input themselves."""
+        return tuple(source for source, readers in self.equalized.items() if tuple(readers) == (source,))
 
     @property
     def agreement(self) -> float | None:
