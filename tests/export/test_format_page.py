@@ -108,6 +108,15 @@ def test_the_reader_gives_exactly_the_weights_of_the_model(tmp_path: Path, symme
         assert result.allocation[name][1] == step[2]
 
 
+def test_the_reader_knows_factors_of_inputs(tmp_path: Path) -> None:
+    result = subbyte.quantize(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(32, 4), widths=subbyte.Widths(4, 8))
+    result.model[1].input_exponents = torch.tensor([0, 2, -1], dtype=torch.int8)
+    result.save(tmp_path / "net")
+    read, about = reader()["read"](tmp_path / "net")
+    assert about["input_exponents"] == [0, 1] and read["0"][3] == 1
+    np.testing.assert_array_equal(read["1"][3], np.array([1.0, 4.0, 0.5], dtype=np.float32))
+
+
 def test_the_reader_notices_damage_and_a_newer_format(tmp_path: Path) -> None:
     path = tmp_path / "all.subbyte.safetensors"
     saved(path, symmetric=True)
@@ -130,6 +139,6 @@ def test_the_page_lists_every_tensor_and_every_key(tmp_path: Path) -> None:
     text = PAGE.read_text(encoding="utf-8")
     keys = json.loads(header.pop("__metadata__")["subbyte"][32:])
     named = [*keys, *(name for name in header if name.startswith("subbyte."))]
-    assert len(named) == 16 + 6
+    assert len(named) == 15 + 6
     assert [name for name in named if f"| `{name}` |" not in text] == []
     assert "codes 1, 2, 3 at\n3 bits are the bytes 209, 0" in text  # the doctest of export.bits

@@ -70,7 +70,7 @@ def test_what_is_read_elsewhere_too_is_scaled_by_its_reader_and_outputs_stay() -
     before = net(x)
     done = equalize_(net, found.multiplying, [x], {layer.name: [(8, 8)] for layer in found.layers}, Equalization())
     own = [one.source for one in done if one.is_own]
-    assert own == ["up"]
+    assert own == ["up", "down"]
     factors = next(one.factors for one in done if one.source == "up")
     assert torch.equal(factors_from(exponents_of(net.up)), factors) and bool((factors[[3, 7]] < factors[:3].min()).all())
     torch.testing.assert_close(net(x), before)
@@ -88,9 +88,9 @@ def test_inputs_that_may_stay_in_float32_are_not_scaled(options: list[tuple[int,
 def test_rounding_loses_less_and_the_receipt_and_the_report_say_so() -> None:
     with_it, without = quantized(Equalization()), quantized(Equalization(own_below=0.0))
     assert with_it.loss < 0.8 * without.loss
-    assert "layers that scale their own input: 1 (up)" in str(with_it) and "scale their own" not in str(without)
-    assert with_it.summary().scaling_own_input == ("up",)
-    assert "scales its input" in repr(with_it.model.up) and "scales its input" not in repr(with_it.model.down)
+    assert "layers that scale their own input: 2 (up, down)" in str(with_it) and "scale their own" not in str(without)
+    assert with_it.summary().scaling_own_input == ("up", "down")
+    assert "scales its input" in repr(with_it.model.up) and "scales its input" not in repr(with_it.model.head)
 
 
 @pytest.mark.parametrize("recipe", [subbyte.Recipe(), subbyte.Recipe(flavour=subbyte.Flavour.SEQUENTIAL), subbyte.default()])

@@ -146,8 +146,9 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "weight_symmetric": [int(state.weight_grid.symmetric) for state in states.values()],
         "activation_bits": [state.activation[2].bits if state.activation else 0 for state in states.values()],
         "transposed": [int(_is_transposed(layer)) for layer in layers.values()],
-        EXPONENTS: [int(layer.input_exponents is not None) for layer in layers.values()],
     }
+    if exponents:
+        metadata[EXPONENTS] = [int(layer.input_exponents is not None) for layer in layers.values()]
     return PackedModel(packed, metadata)
 
 
@@ -233,7 +234,8 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
     if not isinstance(metadata["structure"], str) or not all(len(pair) == 2 for pair in metadata["folds"]):
         raise ValueError("its structure or folds")
     columns = [metadata[key] for key in ("names", "shapes", "channels", "group", "bias")]
-    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits", "shares", EXPONENTS)]
+    columns += [metadata[key] for key in ("weight_bits", "weight_symmetric", "activation_bits", "shares")]
+    columns.append(metadata.get(EXPONENTS, [0] * len(columns[0])))
     counts: defaultdict[str, int] = defaultdict(int)
     for index, row in enumerate(zip(*columns, strict=True)):
         _name, shape, outputs, group, has_bias, bits, symmetric, activation_bits, owner, has_exponents = row
@@ -307,7 +309,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         quantized = QuantizedLayer(module, operator)
         quantized.shares = None if shares[index] < 0 else names[shares[index]]
         quantized.assign_(layer_state)
-        if packed.metadata[EXPONENTS][index]:
+        if EXPONENTS in packed.metadata and packed.metadata[EXPONENTS][index]:
             inputs = _input_count(layer_state.codes.shape, packed.metadata["channels"][index])
             quantized.input_exponents = parts.take(EXPONENTS, inputs)
         replace_module_(model, module, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]

@@ -11,7 +11,8 @@ values. A ReLU6 passes them on below its bound, so that `k_c` goes up to where t
 Who reads a source is found by running (`channel_flow`). The finished change is proved by comparing outputs, as that of `fold` is, and
 undone where they differ.
 
-A linear layer that no source can serve, because what it reads is read elsewhere too, multiplies its input itself (`input_factors`), where
+A linear layer on sequences that no source can serve, because what it reads is read elsewhere too, multiplies its input itself
+(`input_factors`), where
 the predicted noise is less by enough: the multiplication is one more step at run time. What solvers leave of the noise of rounding weights
 is a small share of it, and of that of inputs they leave nearly all.
 """
@@ -48,8 +49,8 @@ class Equalization:
             readers' widths, is taken. Where a reader has a step of its own for each channel's weights, as a depthwise convolution,
             nothing is lost, and the power is 1.
         most: ratio of the largest factor of a source to the smallest, at most.
-        own_below: a linear layer that no source serves multiplies its input itself if that brings the predicted noise below this share of
-            what it is; 0: never.
+        own_below: a linear layer on sequences that no source serves multiplies its input itself if that brings the predicted noise below
+            this share of what it is; 0: never.
 
     Raises:
         OptionError: if a value is outside its range.
@@ -65,7 +66,7 @@ class Equalization:
 
     strengths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75)
     most: float = 50.0
-    own_below: float = 0.8
+    own_below: float = 0.9
 
     def __post_init__(self) -> None:
         if not self.strengths or not all(0 <= share <= 1 for share in (*self.strengths, self.own_below)) or not self.most >= 1:
@@ -255,8 +256,12 @@ def _noise(
 
 
 def _may_scale_itself(layer: Layer, options: Sequence[Option], settings: Equalization) -> bool:
-    """Whether a layer is linear and has a quantized input at every option."""
-    return settings.own_below > 0 and isinstance(layer.operator, Linear) and all(bits is not None for _, bits in options)
+    """Whether a layer is linear, sees several rows of each sample, and has a quantized input at every option.
+
+    Where a sample has one row, as in a classifier's head, a calibration set has few of them, and their ranges differ by chance.
+    """
+    fits = isinstance(layer.operator, Linear) and len(layer.input_shape) > 2
+    return settings.own_below > 0 and fits and all(bits is not None for _, bits in options)
 
 
 def _own_factors(
