@@ -17,6 +17,7 @@ import subbyte
 from subbyte.export.onnx import Demands
 from subbyte.export.onnx_model import OnnxModel
 from subbyte.export.trace import Example, in_order
+from subbyte.export.translation import marked, to_file, trace
 from subbyte.export.verify import as_arrays, compared
 
 onnx = pytest.importorskip("onnx")
@@ -251,3 +252,33 @@ def test_the_conv1d_of_transformers_runs_in_int8(tmp_path: Path) -> None:
     assert exported.verification.kernels["0"] is not None
     x = torch.randn(5, HIDDEN)
     torch.testing.assert_close(exported.simulation(x), OnnxModel(tmp_path / "c.onnx")(x), rtol=1e-4, atol=1e-3)
+
+
+class Masked(nn.Module):
+    """Attention of three heads under a mask that the user gives; the output is what attention gives."""
+
+    def __init__(self, *, causal: bool = False, grouped: bool = False) -> None:
+        super().__init__()
+        self.q, self.kv, self.out = nn.Linear(12, 24), nn.Linear(12, 12 if grouped else 48), nn.Linear(24, 5)
+        self.causal, self.grouped = causal, grouped
+        self.eval()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        q = self.q(x).unflatten(-1, (4, 6)).transpose(1, 2)
+        k, v = self.kv(x).unflatten(-1, (2, 1 if self.grouped else 4, 6)).permute(2, 0, 3, 1, 4)
+        given = {"is_causal": True} if self.causal else {"attn_mask": mask}
+        return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **given).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "causal", "grouped"])
+def test_attention_is_that_of_torch_and_zero_where_no_key_is_seen(kind: str, tmp_path: Path) -> None:
+    model = Masked(causal=kind == "causal", grouped=kind == "grouped")
+    x, mask = torch.randn(4, 7, 12), torch.rand(4, 1, 7, 7) < 0.6
+    mask[1], mask[2, :, 3] = False, False  # no key at all: of a whole sample, of one position
+    given = torch.where(mask, torch.randn(4, 1, 7, 7), -torch.inf) if kind == "float" else mask
+    batch = {"x": x, "mask": given}
+    content, _ = to_file(trace(marked(model).model, Example.of([batch])), Example.of([batch]), {})
+    (tmp_path / "net.onnx").write_bytes(content)
+    torch.testing.assert_close(OnnxModel(tmp_path / "net.onnx", threads=1)(**batch), model(**batch), rtol=0, atol=1e-5)
+    operators = [node.op_type for node in onnx.load_from_string(content).graph.node]
+    assert "IsNaN" not in operators and operators.count("Transpose") <= 4

@@ -140,3 +140,34 @@ def test_copies_keep_the_factors() -> None:
     layer = copy.deepcopy(QuantizedLayer(copy.deepcopy(linear), Linear()))
     assert torch.equal(layer.input_exponents, torch.tensor([1, -1], dtype=torch.int8))
     assert torch.equal(layer(torch.ones(1, 2)), linear(torch.ones(1, 2)))
+
+
+class TwoReaders(PostNorm):
+    """Two layers read what the norm gives, and the sum does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(HIDDEN, 48)
+        self.gate.weight.data[:, [3, 7]] *= 0.05
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return self.head(self.last(x + self.down(nn.functional.gelu(self.up(x)) * self.gate(x).sigmoid())))
+
+
+def test_layers_that_read_the_same_have_the_same_factors_and_the_onnx_file_multiplies_once(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    torch.manual_seed(0)
+    result = subbyte.quantize(TwoReaders(), inputs(), widths=WIDTHS, recipe=_with(Equalization()))
+    up, gate, down = (exponents_of(getattr(result.model, name)) for name in ("up", "gate", "down"))
+    assert torch.equal(up, gate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", subbyte.ExportWarning)  # so small a file is no faster
+        exported = result.export_onnx(tmp_path / "net.onnx", threads=1)
+    assert all(check.agreement == 100.0 for check in exported.verification.checks)
+    graph = onnx.load(tmp_path / "net.onnx").graph
+    vectors = {tensor.name: list(onnx.numpy_helper.to_array(tensor)) for tensor in graph.initializer if len(tensor.dims) == 1}
+    multiplied = [vectors[name] for node in graph.node if node.op_type == "Mul" for name in node.input if name in vectors]
+    wanted = [factors_from(exponents).tolist() for exponents in (up, down) if exponents is not None]
+    assert [factors for factors in multiplied if factors in wanted] == wanted

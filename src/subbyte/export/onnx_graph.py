@@ -25,6 +25,7 @@ from onnx.defs import OpSchema
 from torch.fx import GraphModule
 
 from subbyte.errors import LayerError, ModelError
+from subbyte.export.attention import DECOMPOSED
 from subbyte.export.channel_blocks import ChannelBlocks
 from subbyte.export.constants import LayerConstants, unsigned
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
@@ -85,6 +86,7 @@ def with_markers(graph: GraphModule, example: Example) -> ir.Model:
     program = exported_program(graph, example)
     try:
         with quiet(), torch.no_grad():
+            program = program.run_decompositions(DECOMPOSED)
             translated = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, custom_translation_table=_translations(), verbose=False
             )

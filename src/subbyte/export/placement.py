@@ -13,6 +13,7 @@ samples is chosen, those of the reading layers being among the candidates, and l
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -104,12 +105,22 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
             pad.replace_input_with(pad.args[0], moved)
             node.replace_all_uses_with(pad)
             graph.graph.erase_node(node)
-    first: dict[tuple[object, ...], Node] = {}
+    first: dict[object, Node] = {}
     for node in list(graph.graph.nodes):
-        if is_quantize(node) and (other := first.setdefault(node.args, node)) is not node:
+        if (what := _repeatable(graph, node)) is not None and (other := first.setdefault(what, node)) is not node:
             node.replace_all_uses_with(other)
             graph.graph.erase_node(node)
     graph.recompile()
+
+
+def _repeatable(graph: GraphModule, node: Node) -> object:
+    """What a node does, to be compared, if it is of those that several layers do alike with what they read: quantise, scale."""
+    if is_quantize(node):
+        return node.args
+    if node.target is aten.mul.Tensor and isinstance(node.args[1], Node) and node.args[1].op == "get_attr":
+        vector = operator.attrgetter(str(node.args[1].target))(graph)
+        return (node.args[0], *vector.tolist()) if vector.dim() == 1 else None
+    return None
 
 
 def _pool_in_front_(graph: GraphModule) -> None:

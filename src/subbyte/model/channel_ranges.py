@@ -106,6 +106,22 @@ class ChannelRanges:
         )
         return weights, float((self.power(name) * factors).amax().square() * scaled.square().sum())
 
+    def reading_the_same(self, names: Sequence[str]) -> list[list[str]]:
+        """Readers grouped by what they read: that of one group has the same moments to the last bit.
+
+        Args:
+            names: of readers.
+        """
+        groups: list[list[str]] = []
+        for name in names:
+            for group in groups:
+                if all(torch.equal(moments[name], moments[group[0]]) for moments in (self.sums, self.squares)):
+                    group.append(name)
+                    break
+            else:
+                groups.append([name])
+        return groups
+
     def inputs(self, flow: Flow) -> tuple[Tensor, Tensor]:
         """Of a source's channels where they are read: root of the mean power, float64 (C,), and the largest value, float32 (C,).
 

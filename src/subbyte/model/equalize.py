@@ -12,9 +12,9 @@ Who reads a source is found by running (`channel_flow`). The finished change is 
 undone where they differ.
 
 A linear layer on sequences that no source can serve, because what it reads is read elsewhere too, multiplies its input itself
-(`input_factors`), where
-the predicted noise is less by enough: the multiplication is one more step at run time. The noise of weights counts little there: solvers
-make up for it, and nothing makes up for that of inputs.
+(`input_factors`), where the predicted noise is less by enough: the multiplication is one more step at run time, and layers that read the
+same, as query, key and value do, have the same factors, so that one multiplication serves all. The noise of weights counts little there:
+solvers make up for it, and nothing makes up for that of inputs.
 """
 
 from __future__ import annotations
@@ -134,9 +134,11 @@ def equalize_(
     if seen is None:
         return ()
     kept = _scale_sources_(model, seen, flows, _factors(seen, flows, options, settings, group), before)
-    for name in alone:
-        factors = _own_factors(seen, name, options, settings, group)
-        if factors is not None:
+    for names in seen.reading_the_same(alone):
+        factors = _own_factors(seen, names, options, settings, group)
+        if factors is None:
+            continue
+        for name in names:
             put_exponents_(model.get_submodule(name), factors.log2().to(torch.int8), usable[name].operator)
             kept.append(Equalized(name, (name,), factors))
     return tuple(kept)
@@ -270,11 +272,11 @@ def _may_scale_itself(layer: Layer, options: Sequence[Option], settings: Equaliz
 
 
 def _own_factors(
-    seen: ChannelRanges, name: str, options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
+    seen: ChannelRanges, names: Sequence[str], options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
 ) -> Tensor | None:
-    """Powers of two by which a layer best multiplies its input, float32 (C_in,); None where that does not bring enough."""
-    channels = len(seen.squares[name])
-    flow = Flow(name, {name: torch.arange(channels, device=seen.squares[name].device)}, channels)
+    """Powers of two by which layers that read the same best multiply it, float32 (C_in,); None where that does not bring enough."""
+    squares = seen.squares[names[0]]
+    flow = Flow(names[0], dict.fromkeys(names, torch.arange(len(squares), device=squares.device)), len(squares))
     power, _ = seen.inputs(flow)
     ratio = _ratios(power, float(power.amax()), settings)
     tried = [ratio.pow(strength).log2().round().exp2() for strength in settings.strengths]

@@ -1,0 +1,70 @@
+"""Attention in the operators of the ONNX standard, with what every layer has in common done once.
+
+torch.onnx would turn the keys by way of two more copies, and look for NaN in every softmax, in case that a row of the mask leaves no key.
+Here such rows are found from the mask, which all layers share, and multiplied by zero behind the product with the values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEAST = -1e38  # instead of minus infinity, so that no softmax is NaN
+OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def attention(  # noqa: PLR0913 - as torch has it
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,  # noqa: FBT001, FBT002 - as torch has it
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `torch.nn.functional.scaled_dot_product_attention` gives in evaluation mode, 0 where the mask leaves no key.
+
+    Args:
+        query: float (..., L, E).
+        key: float (..., S, E).
+        value: float (..., S, V).
+        attn_mask: bool (..., L, S), True where a key is seen; or float, added to the scores.
+        dropout_p: ignored: no file trains.
+        is_causal: whether a position sees those up to its own.
+        scale: of the scores; None: `1 / sqrt(E)`.
+        enable_gqa: whether several heads of the query have one of the keys and values.
+
+    Returns:
+        float (..., L, V).
+
+    Example:
+        >>> x, mask = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [True, True, True], [False, False, False]])
+        >>> expected = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+        >>> torch.allclose(attention(x, x, x, mask), expected, atol=1e-6)
+        True
+    """
+    if enable_gqa:
+        key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    if attn_mask is None:
+        return _laid_out(scores.softmax(-1) @ value)
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > LEAST
+    added = torch.where(seen, 0.0, LEAST).to(scores.dtype) if seen is attn_mask else attn_mask.clamp(min=LEAST)
+    mixed = (scores + added).softmax(-1) @ value
+    return _laid_out(mixed if is_causal else mixed * seen.any(-1, keepdim=True).to(mixed.dtype))
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """The same with its heads behind the positions in memory, as models expect that view them as one dimension."""
+    return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 3 else x
+
+
+DECOMPOSED: dict[torch._ops.OperatorBase, Callable[..., Any]] = {OPERATOR: attention}
