@@ -17,26 +17,15 @@ LEAST = -1e38  # instead of minus infinity, so that no softmax is NaN
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def attention(  # noqa: PLR0913 - as torch has it
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002 - as torch has it
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
+def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
     """What `torch.nn.functional.scaled_dot_product_attention` gives in evaluation mode, 0 where the mask leaves no key.
 
     Args:
         query: float (..., L, E).
         key: float (..., S, E).
         value: float (..., S, V).
-        attn_mask: bool (..., L, S), True where a key is seen; or float, added to the scores.
-        dropout_p: ignored: no file trains.
-        is_causal: whether a position sees those up to its own.
+        rest: as torch has it, `attn_mask`: bool (..., L, S), True where a key is seen, or float, added to the scores; `dropout_p`, which is
+            ignored, as no file trains; `is_causal`: whether a position sees those up to its own.
         scale: of the scores; None: `1 / sqrt(E)`.
         enable_gqa: whether several heads of the query have one of the keys and values.
 
@@ -51,6 +40,7 @@ def attention(  # noqa: PLR0913 - as torch has it
     """
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+    attn_mask, _, is_causal = (*rest, *(None, 0.0, False)[len(rest) :])
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
