@@ -40,7 +40,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: floa
     """
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
-    attn_mask, _, is_causal = (*rest, *(None, 0.0, False)[len(rest) :])
+    given: tuple[Any, ...] = (*rest, *(None, 0.0, False)[len(rest) :])
+    attn_mask, _, is_causal = given
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
