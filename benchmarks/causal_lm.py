@@ -1,7 +1,8 @@
 """Weight-only quantization of causal language models: a GPT-2 and a Llama, trained here in minutes, and how their perplexity rises.
 
 Each is trained on the validation text of WikiText-2 with a tokenizer made from it, calibrated on 256 windows of the same text, without
-labels, and scored on all of the test text. *columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
+labels, and scored on all of the test text. *network* has `Networkwise()` behind subbyte's default, where weights are in groups;
+*columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
 
     python benchmarks/causal_lm.py train --folder FOLDER                                # once; about 15 minutes on two cores
     python benchmarks/causal_lm.py measure --folder FOLDER --out docs/results/causal_lm.json
@@ -142,10 +143,13 @@ def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
     for bits, group in ROWS:
         recipes = {
             "subbyte": subbyte.Recipe(weight_group=group),
+            "network": subbyte.Recipe(weight_group=group, refinements=(subbyte.Networkwise(),)),
             "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
             "rounding": replace(subbyte.rounding(), weight_group=group),
         }
         row: dict[str, Any] = {"model": kind, "bits": bits, "group": group, "float": round(reference, 4)}
+        if group is None:
+            del recipes["network"]
         for name, recipe in recipes.items():
             started = time.perf_counter()
             result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipe)
@@ -159,11 +163,14 @@ def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: perplexities, and by how many percent they rise."""
     lines = [
-        "| model | bits | group | float | subbyte | columns | rounding | bytes | float bytes |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | bits | group | float | subbyte | network | columns | rounding | bytes | float bytes |",
+        "|---" * 10 + "|",
     ]
     for row in rows:
-        rises = [f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" for name in ("subbyte", "columns", "rounding")]
+        rises = [
+            f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" if name in row else ""
+            for name in ("subbyte", "network", "columns", "rounding")
+        ]
         cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", f"**{rises[0]}**", *rises[1:]]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['bytes']:,} | {row['float bytes']:,} |")
     return "\n".join(lines)

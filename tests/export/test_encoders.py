@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -282,3 +283,13 @@ def test_attention_is_that_of_torch_and_zero_where_no_key_is_seen(kind: str, tmp
     torch.testing.assert_close(OnnxModel(tmp_path / "net.onnx", threads=1)(**batch), model(**batch), rtol=0, atol=1e-5)
     operators = [node.op_type for node in onnx.load_from_string(content).graph.node]
     assert "IsNaN" not in operators and operators.count("Transpose") <= 4
+
+
+def test_what_ships_is_the_quantized_model_whose_biases_are_added_as_they_are(tmp_path: Path) -> None:
+    """In float64 both compute the same; biases rounded to whole steps would move a part of the codes behind them."""
+    x, mask = torch.randn(24, 9, HIDDEN), padded(24, 9)
+    batches = [{"x": x, "attention_mask": mask}]
+    result = subbyte.quantize(Attending(), batches, widths=subbyte.Widths(4, 8, exclude=("head",)))
+    ships = result.export_onnx(tmp_path / "net.onnx", threads=1).simulation
+    expected = copy.deepcopy(result.model).double()(x.double(), mask)
+    torch.testing.assert_close(ships(x=x, attention_mask=mask).double(), expected, rtol=0, atol=2e-5)

@@ -2,7 +2,8 @@
 
     W = s_w (Q - z_w)      b = s_x s_w round(b / (s_x s_w))      in int32, the unit in which an int8 kernel accumulates
 
-With a step for each column group there is no such unit, and no int8 kernel: biases stay in float32.
+With a step for each column group there is no such unit, and no int8 kernel: biases stay in float32. So do those of linear layers over
+sequences: torch.onnx makes them a sum of its own behind the matrix product.
 
 A channel whose step is so small that its bias does not fit (a channel that is all but dead) gets a larger step: `s_w = |b| / (2^30 s_x)`,
 codes rounded to it. What its weights contributed is less than a 2^-23 of the bias for each input.
@@ -48,8 +49,9 @@ class LayerConstants:
         scale: `s_w`, float32 (C_out,), or with column groups (C_out, K).
         zero_point: `z_w`, int32, the shape of `scale`.
         bias: `b`, float32 (C_out,); zeros where the layer has none.
-        bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised, or steps are those of column groups.
-        input_scale: `s_x`; None likewise.
+        bias_codes: int32 (C_out,), in units of `s_x s_w`; None where the input is not quantised, steps are those of column groups, or the
+            bias is added behind the kernel.
+        input_scale: `s_x`; None where the input is not quantised.
         short: whether steps and biases are numbers of 16 bits.
     """
 
@@ -95,7 +97,9 @@ def fix_constants_(graph: GraphModule, marked: MarkedModel) -> dict[str, LayerCo
         multiplies = marked.operators[layer].multiplies
         quantizer = input_quantizer(node) if multiplies else None
         scale = None if quantizer is None else grid_of(quantizer).scale
-        constants = _constants(layer, marked.operators[layer], marked.states[layer], scale)
+        constants = _unrounded(layer, marked.operators[layer], marked.states[layer], scale)
+        if scale is not None and constants.grid.group is None and (marked.is_convolution(layer) or node.meta["val"].dim() == 2):
+            constants = _with_whole_bias(constants, scale)
         readers = list(node.users)
         if is_int8_convolution(node) and len(readers) == 1 and is_quantize(readers[0]) and constants.bias_codes is not None:
             constants = _shortened(constants, constants.bias_codes, grid_of(readers[0]))
@@ -121,7 +125,7 @@ def unsigned(constants: LayerConstants) -> LayerConstants:
     """
     operator, grid = constants.operator, constants.grid
     transposed = isinstance(operator, Convolution) and operator.transposed
-    if grid.bits != MAX_BITS or not grid.symmetric or constants.bias_codes is None or transposed:
+    if grid.bits != MAX_BITS or not grid.symmetric or constants.input_scale is None or grid.group is not None or transposed:
         return constants
     middle = 1 << (MAX_BITS - 1)
     zero_point = torch.full_like(constants.zero_point, middle)
@@ -140,20 +144,23 @@ def _give_(graph: GraphModule, node: Node, marker: Node, value: Tensor, key: str
     node.replace_input_with(marker, made)
 
 
-def _constants(layer: str, operator: Operator, state: QuantizedState, input_scale: float | None) -> LayerConstants:
+def _unrounded(layer: str, operator: Operator, state: QuantizedState, input_scale: float | None) -> LayerConstants:
     codes, scale, zero = (tensor.detach().cpu() for tensor in (state.codes, state.scale, state.zero_point))
     bias = torch.zeros(len(scale)) if state.bias is None else state.bias.detach().cpu()
-    constants = LayerConstants(layer, operator, state.weight_grid, codes, scale, zero, bias, None, input_scale)
-    if input_scale is None or state.weight_grid.group is not None:
-        return constants
+    return LayerConstants(layer, operator, state.weight_grid, codes, scale, zero, bias, None, input_scale)
+
+
+def _with_whole_bias(constants: LayerConstants, input_scale: float) -> LayerConstants:
+    """The same with a bias that is a whole number of steps."""
+    operator, grid, codes, scale, bias = constants.operator, constants.grid, constants.codes, constants.scale, constants.bias
     unit = torch.tensor(input_scale)
     least = bias.abs() / (LARGEST_BIAS * unit)
     dead = scale < least
     if bool(dead.any()):
         larger = torch.where(dead, least, scale)
-        weight = dequantize(codes, operator.per_channel(scale, codes), operator.per_channel(zero, codes))
-        step, offset = operator.per_channel(larger, codes), operator.per_channel(zero, codes)
-        coarser = ((weight / step).round() + offset).clamp(state.weight_grid.lowest, state.weight_grid.highest).to(codes.dtype)
+        offset = operator.per_channel(constants.zero_point, codes)
+        weight = dequantize(codes, operator.per_channel(scale, codes), offset)
+        coarser = ((weight / operator.per_channel(larger, codes)).round() + offset).clamp(grid.lowest, grid.highest).to(codes.dtype)
         codes = torch.where(operator.per_channel(dead, codes), coarser, codes)
         scale = larger
     whole = (bias.double() / (unit * scale).double()).round().to(torch.int32)
