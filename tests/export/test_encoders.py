@@ -271,12 +271,14 @@ class Masked(nn.Module):
         return self.out(F.scaled_dot_product_attention(q, k, v, enable_gqa=self.grouped, **given).transpose(1, 2).flatten(2))
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "causal", "grouped"])
+@pytest.mark.parametrize("kind", ["bool", "float", "least", "causal", "grouped"])
 def test_attention_is_that_of_torch_and_zero_where_no_key_is_seen(kind: str, tmp_path: Path) -> None:
     model = Masked(causal=kind == "causal", grouped=kind == "grouped")
     x, mask = torch.randn(4, 7, 12), torch.rand(4, 1, 7, 7) < 0.6
     mask[1], mask[2, :, 3] = False, False  # no key at all: of a whole sample, of one position
-    given = torch.where(mask, torch.randn(4, 1, 7, 7), -torch.inf) if kind == "float" else mask
+    given = mask
+    if kind in ("float", "least"):  # a row of the least numbers sees every key, one of minus infinity none
+        given = torch.where(mask, torch.randn(4, 1, 7, 7), -torch.inf if kind == "float" else torch.finfo(torch.float32).min)
     batch = {"x": x, "mask": given}
     content, _ = to_file(trace(marked(model).model, Example.of([batch])), Example.of([batch]), {})
     (tmp_path / "net.onnx").write_bytes(content)

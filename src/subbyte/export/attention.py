@@ -1,7 +1,8 @@
 """Attention in the operators of the ONNX standard, with what every layer has in common done once.
 
 torch.onnx would turn the keys by way of two more copies, and look for NaN in every softmax, in case that a row of the mask leaves no key.
-Here such rows are found from the mask, which all layers share, and multiplied by zero behind the product with the values.
+Here such rows are found from the mask, which all layers share; they see every key, and are multiplied by zero behind the product with the
+values.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = -1e38  # instead of minus infinity, so that no softmax is NaN
 OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -47,10 +47,11 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: floa
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if attn_mask is None:
         return _laid_out(scores.softmax(-1) @ value)
-    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > LEAST
-    added = torch.where(seen, 0.0, LEAST).to(scores.dtype) if seen is attn_mask else attn_mask.clamp(min=LEAST)
-    mixed = (scores + added).softmax(-1) @ value
-    return _laid_out(mixed if is_causal else mixed * seen.any(-1, keepdim=True).to(mixed.dtype))
+    seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
+    some = seen.any(-1, keepdim=True)
+    added = torch.where(seen, 0.0, -math.inf).to(scores.dtype) if seen is attn_mask else attn_mask
+    mixed = (scores + torch.where(some, added, 0.0)).softmax(-1) @ value
+    return _laid_out(mixed if is_causal else mixed * some.to(mixed.dtype))
 
 
 def _laid_out(x: Tensor) -> Tensor:
