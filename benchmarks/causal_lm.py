@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from subbyte.tasks.texts import windows
 TOKENS, WORDS = 128, 2048
 KINDS = ("gpt2", "llama")
 ROWS = [(4, None), (4, 64), (3, 64), (2, 64)]
+RECIPES = ("subbyte", "network", "columns", "rounding")
 
 
 def main() -> None:
@@ -41,6 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the trained models are")
     parser.add_argument("--data", type=Path, help="folder with wikitext2/; otherwise the one beside the checkout")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--recipe", choices=RECIPES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="JSON file of the rows")
@@ -55,10 +57,12 @@ def main() -> None:
         if options.what == "train":
             train(kind, options.folder / kind, data, options.epochs)
             continue
-        rows += measure(kind, options.folder / kind, data)
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        for row in measured(kind, options.folder / kind, data, options.recipe or RECIPES):
+            rows.append(row)
+            print(table([row]).splitlines()[-1], flush=True)
+            if options.out:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if rows:
         print(table(rows))
 
@@ -135,11 +139,11 @@ def perplexity(model: torch.nn.Module, parts: Sequence[Any]) -> float:
     return math.exp(total / count)
 
 
-def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
-    """All widths of one model."""
+def measured(kind: str, folder: Path, data: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """All widths of one model, one row after the other."""
     model, tokenizer = open_pretrained(folder), open_tokenizer(folder)
     calibration, test = batches(model, tokenizer, data / "valid.txt", 256), batches(model, tokenizer, data / "test.txt", None)
-    reference, rows = perplexity(model, test), []
+    reference = perplexity(model, test)
     for bits, group in ROWS:
         recipes = {
             "subbyte": subbyte.Recipe(weight_group=group),
@@ -148,16 +152,14 @@ def measure(kind: str, folder: Path, data: Path) -> list[dict[str, Any]]:
             "rounding": replace(subbyte.rounding(), weight_group=group),
         }
         row: dict[str, Any] = {"model": kind, "bits": bits, "group": group, "float": round(reference, 4)}
-        if group is None:
-            del recipes["network"]
-        for name, recipe in recipes.items():
+        for name in names:
+            if name == "network" and group is None:
+                continue
             started = time.perf_counter()
-            result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipe)
+            result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipes[name])
             row |= {name: round(perplexity(result.model, test), 4), f"{name} seconds": round(time.perf_counter() - started, 1)}
             row |= {"bytes": result.size_bytes, "float bytes": result.float_bytes}
-        rows.append(row)
-        print(table([row]).splitlines()[-1], flush=True)
-    return rows
+        yield row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -167,10 +169,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "|---" * 10 + "|",
     ]
     for row in rows:
-        rises = [
-            f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" if name in row else ""
-            for name in ("subbyte", "network", "columns", "rounding")
-        ]
+        rises = [f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" if name in row else "" for name in RECIPES]
         cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", f"**{rises[0]}**", *rises[1:]]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['bytes']:,} | {row['float bytes']:,} |")
     return "\n".join(lines)
