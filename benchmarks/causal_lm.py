@@ -32,7 +32,7 @@ from subbyte.tasks.texts import windows
 
 TOKENS, WORDS = 128, 2048
 KINDS = ("gpt2", "llama")
-ROWS = [(4, None), (4, 64), (3, 64), (2, 64)]
+ROWS: dict[str, tuple[int, int | None]] = {"4": (4, None), "4,64": (4, 64), "3,64": (3, 64), "2,64": (2, 64)}  # bits, group
 RECIPES = ("subbyte", "network", "columns", "rounding")
 
 
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the trained models are")
     parser.add_argument("--data", type=Path, help="folder with wikitext2/; otherwise the one beside the checkout")
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--row", choices=ROWS, action="append", help="only this one: bits, group (may be repeated)")
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="only this one (may be repeated)")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
@@ -57,9 +58,10 @@ def main() -> None:
         if options.what == "train":
             train(kind, options.folder / kind, data, options.epochs)
             continue
-        for row in measured(kind, options.folder / kind, data, options.recipe or RECIPES):
-            rows.append(row)
-            print(table([row]).splitlines()[-1], flush=True)
+        wanted = [ROWS[name] for name in options.row or ROWS]
+        for row in measured(options.folder / kind, data, wanted, options.recipe or RECIPES):
+            rows.append({"model": kind} | row)
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
@@ -139,19 +141,19 @@ def perplexity(model: torch.nn.Module, parts: Sequence[Any]) -> float:
     return math.exp(total / count)
 
 
-def measured(kind: str, folder: Path, data: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """All widths of one model, one row after the other."""
+def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Rows of one model, one after the other."""
     model, tokenizer = open_pretrained(folder), open_tokenizer(folder)
     calibration, test = batches(model, tokenizer, data / "valid.txt", 256), batches(model, tokenizer, data / "test.txt", None)
     reference = perplexity(model, test)
-    for bits, group in ROWS:
+    for bits, group in rows:
         recipes = {
             "subbyte": subbyte.Recipe(weight_group=group),
             "network": subbyte.Recipe(weight_group=group, refinements=(subbyte.Networkwise(),)),
             "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
             "rounding": replace(subbyte.rounding(), weight_group=group),
         }
-        row: dict[str, Any] = {"model": kind, "bits": bits, "group": group, "float": round(reference, 4)}
+        row: dict[str, Any] = {"bits": bits, "group": group, "float": round(reference, 4)}
         for name in names:
             if name == "network" and group is None:
                 continue
