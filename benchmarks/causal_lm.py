@@ -172,7 +172,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     for row in rows:
         rises = [f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" if name in row else "" for name in RECIPES]
-        cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", f"**{rises[0]}**", *rises[1:]]
+        cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {row['bytes']:,} | {row['float bytes']:,} |")
     return "\n".join(lines)
 
