@@ -256,7 +256,7 @@ def test_the_conv1d_of_transformers_runs_in_int8(tmp_path: Path) -> None:
 
 
 class Masked(nn.Module):
-    """Attention of three heads under a mask that the user gives; the output is what attention gives."""
+    """Attention of four heads under a mask that the user gives; the output is what attention gives."""
 
     def __init__(self, *, causal: bool = False, grouped: bool = False) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
 """Attention in the operators of the ONNX standard, with what every layer has in common done once.
 
-torch.onnx would turn the keys by way of two more copies, and look for NaN in every softmax, in case that a row of the mask leaves no key.
+torch.onnx would turn the keys by way of one more copy, and look for NaN in every softmax, in case that a row of the mask leaves no key.
 Here such rows are found from the mask, which all layers share; they see every key, and are multiplied by zero behind the product with the
 values.
 """
@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-OPERATOR = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
@@ -59,4 +57,4 @@ def _laid_out(x: Tensor) -> Tensor:
     return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 3 else x
 
 
-DECOMPOSED: dict[torch._ops.OperatorBase, Callable[..., Any]] = {OPERATOR: attention}
+DECOMPOSED: dict[torch._ops.OperatorBase, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}
