@@ -287,6 +287,17 @@ def test_attention_is_that_of_torch_and_zero_where_no_key_is_seen(kind: str, tmp
     assert "IsNaN" not in operators and operators.count("Transpose") <= 4
 
 
+def test_the_encoder_of_torch_itself_is_exported(tmp_path: Path) -> None:
+    """Its attention turns what comes out another way than the transformers library does."""
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(HIDDEN, 4, 64, batch_first=True), 1, enable_nested_tensor=False)
+    x = torch.randn(24, 9, HIDDEN)
+    widths = subbyte.Widths(8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = exported(encoder.eval(), [x], tmp_path / "net.onnx", widths)
+    torch.testing.assert_close(OnnxModel(tmp_path / "net.onnx", threads=1)(x), done.simulation(x), rtol=0, atol=0.05)
+
+
 def test_what_ships_is_the_quantized_model_whose_biases_are_added_as_they_are(tmp_path: Path) -> None:
     """In float64 both compute the same; biases rounded to whole steps would move a part of the codes behind them."""
     x, mask = torch.randn(24, 9, HIDDEN), padded(24, 9)

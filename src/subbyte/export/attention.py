@@ -7,12 +7,15 @@ values.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
+
+aten = torch.ops.aten
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float | None = None, enable_gqa: bool = False) -> Tensor:
@@ -44,17 +47,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: floa
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
     scores = query @ key.transpose(-2, -1) * (1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     if attn_mask is None:
-        return _laid_out(scores.softmax(-1) @ value)
+        return scores.softmax(-1) @ value
     seen = attn_mask if attn_mask.dtype == torch.bool else attn_mask > -math.inf
     some = seen.any(-1, keepdim=True)
     added = torch.where(seen, 0.0, -math.inf).to(scores.dtype) if seen is attn_mask else attn_mask
     mixed = (scores + torch.where(some, added, 0.0)).softmax(-1) @ value
-    return _laid_out(mixed if is_causal else mixed * some.to(mixed.dtype))
+    return mixed if is_causal else mixed * some.to(mixed.dtype)
 
 
-def _laid_out(x: Tensor) -> Tensor:
-    """The same with its heads behind the positions in memory, as models expect that view them as one dimension."""
-    return x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 3 else x
+def with_attention_written_out(graph: GraphModule) -> GraphModule:
+    """A graph that calls `attention`, and in which no view relies on how torch's own operator lays out its output.
 
-
-DECOMPOSED: dict[torch._ops.OperatorBase, Callable[..., Any]] = {torch.ops.aten.scaled_dot_product_attention.default: attention}
+    Args:
+        graph: a traced model; is not changed, its parameters are shared.
+    """
+    written = GraphModule(graph, copy.deepcopy(graph.graph))
+    for node in written.graph.nodes:
+        if node.target is aten.scaled_dot_product_attention.default:
+            node.target = attention
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default
+    written.recompile()
+    return written

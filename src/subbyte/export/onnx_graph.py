@@ -25,7 +25,7 @@ from onnx.defs import OpSchema
 from torch.fx import GraphModule
 
 from subbyte.errors import LayerError, ModelError
-from subbyte.export.attention import DECOMPOSED
+from subbyte.export.attention import with_attention_written_out
 from subbyte.export.channel_blocks import ChannelBlocks
 from subbyte.export.constants import LayerConstants, unsigned
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
@@ -83,10 +83,11 @@ def with_markers(graph: GraphModule, example: Example) -> ir.Model:
     Raises:
         ModelError: if torch.onnx cannot translate an operator of the model.
     """
-    program = exported_program(graph, example)
+    with quiet():
+        written = with_attention_written_out(graph)
+    program = exported_program(written, example)
     try:
         with quiet(), torch.no_grad():
-            program = program.run_decompositions(DECOMPOSED)
             translated = torch.onnx.export(
                 program, dynamo=True, opset_version=OPSET, custom_translation_table=_translations(), verbose=False
             )
