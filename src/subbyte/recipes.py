@@ -120,13 +120,14 @@ def light() -> Recipe:
     """Plain rounding, then batch-norm tuning: forward passes only, for models that cannot be differentiated and for the hurried.
 
     Source:
-        Hubara et al., arXiv 2006.10518, section 4, "light pipeline"; sensitivities are measured layer by layer.
+        Hubara et al., arXiv 2006.10518, section 4, "light pipeline"; sensitivities are measured layer by layer,
+        on a part of the samples.
 
     Example:
         >>> [refinement.name for refinement in light().refinements]
         ['BatchNormTuning']
     """
-    return replace(rounding(), behind_clips=False, sensitivity=Measured(), refinements=(BatchNormTuning(),))
+    return replace(rounding(), behind_clips=False, sensitivity=Measured(samples=64), refinements=(BatchNormTuning(),))
 
 
 def advanced() -> Recipe:

@@ -49,6 +49,44 @@ def test_measured_is_what_a_naive_loop_finds(network: Case, loss: OutputLoss, re
             assert found.losses[item.layer.name][option] == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
+def test_a_part_of_the_samples_is_whole_batches_spread_evenly() -> None:
+    batches = [torch.full((4, 1), float(index)) for index in range(8)]
+    chosen = {samples: [int(part[0]) for part in Measured(samples=samples).parts(batches)] for samples in (1, 4, 5, 12, 28, 29, 1000)}
+    assert chosen == {1: [0], 4: [0], 5: [0, 4], 12: [0, 2, 5], 28: [0, 1, 2, 3, 4, 5, 6], 29: list(range(8)), 1000: list(range(8))}
+    assert Measured().parts(batches) == batches
+    with pytest.raises(OptionError, match="at least one sample"):
+        Measured(samples=0)
+
+
+class Handing(nn.Module):
+    """A block that leaves something in an attribute of another module."""
+
+    def __init__(self, *, empties: bool) -> None:
+        super().__init__()
+        self.block, self.head, self.empties = nn.Sequential(nn.Linear(6, 6), nn.Tanh()), nn.Linear(6, 3), empties
+        self.left: list[torch.Tensor] = []
+        self.block[1].forward = self._leave
+
+    def _leave(self, x: torch.Tensor) -> torch.Tensor:
+        self.left.append(x.tanh())
+        return self.left[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.block(x)
+        if self.empties:  # fails where the block was not run
+            return self.head(self.left.pop())
+        scale = 1.0 + len(self.left)  # is another one where the block was not run
+        self.left.clear()
+        return self.head(y) * scale
+
+
+@pytest.mark.parametrize("empties", [True, False])
+def test_a_model_that_memory_cannot_follow_is_measured_without_it(empties: bool) -> None:
+    network = case(Handing(empties=empties), torch.randn(40, 6, generator=torch.Generator().manual_seed(2)))
+    found = [table(network, Measured(remember), RelativeSquaredError()).losses for remember in (True, False)]
+    assert found[0] == found[1]
+
+
 def test_a_loss_of_the_users_own_is_asked_for_each_option(network: Case) -> None:
     batch = network.data.batches[0]
     with torch.no_grad():

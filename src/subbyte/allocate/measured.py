@@ -1,24 +1,26 @@
 """Measured: each layer at each option in the float model, one at a time, and the loss of the whole. L times K forwards, at most.
 
-What lies before the changed layer is not computed again: the layers' outputs of the float forward are remembered for one batch, and in
-the forwards that follow, calls that come before the changed layer's first one answer with them. What lies between layers still runs, so
-that any eager model works.
+What lies before the changed layer is not computed again (`model/memory.py`), so that a layer's options cost what comes behind it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from subbyte.allocate.sensitivity import BatchShare, LayerOptions, SensitivityMethod
 from subbyte.calibrate.loss import OutputLoss
-from subbyte.model.batches import Batch, call
+from subbyte.errors import OptionError
+from subbyte.model.batches import Batch, sample_count
+from subbyte.model.memory import Memory
 from subbyte.model.padding import read_outputs
-from subbyte.widths import Option
+
+ALIKE = 1e-8  # squared relative difference of two forwards in which a processor has only summed in another order
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,12 @@ class Measured(SensitivityMethod):
     """The loss itself, layer by layer and option by option.
 
     Args:
-        remember: whether calls before the changed layer answer from memory; takes the memory of all layers' outputs for one batch.
+        remember: whether what comes before the changed layer answers from memory, which then holds what all blocks before it have returned,
+            for one batch.
+        samples: batches are measured until there are so many; as few as possible, spread evenly. None: all.
+
+    Raises:
+        OptionError: if `samples` is not positive.
 
     Source:
         Hubara et al., arXiv 2006.10518, section 3.3.
@@ -37,6 +44,25 @@ class Measured(SensitivityMethod):
     """
 
     remember: bool = True
+    samples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples is not None and self.samples < 1:
+            raise OptionError(f"at least one sample is needed to measure, not {self.samples}")
+
+    def parts(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        """Whole batches: a model may accept no others.
+
+        Args:
+            batches: of the calibration set.
+        """
+        if self.samples is None:
+            return batches
+        for count in range(1, len(batches)):
+            chosen = [batches[index * len(batches) // count] for index in range(count)]
+            if sum(map(sample_count, chosen)) >= self.samples:
+                return chosen
+        return batches
 
     @torch.no_grad()
     def share(
@@ -51,66 +77,34 @@ class Measured(SensitivityMethod):
             loss: see there.
             generator: not used.
         """
-        memory = _Memory(layers, keep=self.remember)
-        with memory.standing_in():
-            reference = read_outputs(call(model, batch), batch)
-            memory.recorded = True
-            below = sum(float(loss.total(tensor, tensor)[1]) for tensor in reference)
-            above = {}
-            for layer in layers:
-                losses = []
-                for option in layer.states:
-                    memory.change(layer, option)
-                    outputs = read_outputs(call(model, batch), batch)
-                    losses.append(sum(float(loss.total(a, b)[0]) for a, b in zip(reference, outputs, strict=True)))
-                above[layer.item.layer.name] = torch.tensor(losses, dtype=torch.float64)
-        return BatchShare(above, below)
+        if self.remember:
+            with contextlib.suppress(Exception):  # of a model that misses what a remembered module would have written elsewhere
+                if (found := self._measured(model, layers, batch, loss, keep=True)) is not None:
+                    return found
+        found = self._measured(model, layers, batch, loss, keep=False)
+        assert found is not None
+        return found
+
+    def _measured(
+        self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, *, keep: bool
+    ) -> BatchShare | None:
+        """See `share`; None if the float forward returns something else once all of it is remembered."""
+        by_name = {layer.item.layer.name: layer for layer in layers}
+        with Memory(model, {name: layer.item.original for name, layer in by_name.items()}, keep=keep) as memory:
+            reference = read_outputs(memory.run(batch), batch)
+            totals = [loss.total(tensor, tensor) for tensor in reference]
+            nothing = sum(float(above) for above, _ in totals)
+            above = {name: [nothing] * len(layer.states) for name, layer in by_name.items()}
+            for name in memory.order:
+                memory.advance(name, batch)
+                for place, option in enumerate(by_name[name].states):
+                    outputs = read_outputs(memory.changed(name, partial(by_name[name].output, option=option), batch), batch)
+                    above[name][place] = sum(float(loss.total(a, b)[0]) for a, b in zip(reference, outputs, strict=True))
+            if keep and not all(map(_alike, reference, read_outputs(memory.run(batch), batch))):
+                return None
+        losses = {name: torch.tensor(row, dtype=torch.float64) for name, row in above.items()}
+        return BatchShare(losses, sum(float(below) for _, below in totals))
 
 
-class _Memory:
-    """Outputs of all layer calls of one forward, in order, and which layer is changed now."""
-
-    def __init__(self, layers: Sequence[LayerOptions], *, keep: bool) -> None:
-        self._layers, self._keep = layers, keep
-        self._outputs: list[Tensor] = []
-        self._first: dict[str, int] = {}
-        self._changed: LayerOptions | None = None
-        self._option: Option = (8, 8)
-        self._at = 0
-        self.recorded = False
-
-    def change(self, layer: LayerOptions, option: Option) -> None:
-        """From now on a forward computes this layer at this option, and all others as they are."""
-        self._changed, self._option, self._at = layer, option, 0
-
-    @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Layers of the float model ask the memory first."""
-        for layer in self._layers:
-            layer.item.original.forward = self._answerer(layer)
-        try:
-            yield
-        finally:
-            for layer in self._layers:
-                del layer.item.original.forward
-
-    def _answerer(self, layer: LayerOptions):  # type: ignore[no-untyped-def]
-        name = layer.item.layer.name
-
-        def answer(input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear and nn.Conv2d have
-            here, self._at = self._at, self._at + 1
-            if not self.recorded:
-                self._first.setdefault(name, here)
-                output = layer.float_output(input)
-                if self._keep:
-                    self._outputs.append(output.clone())  # the model may change it in place
-                return output
-            assert self._changed is not None
-            if self._changed is layer:
-                return layer.output(input, self._option)
-            first = self._first.get(self._changed.item.layer.name, 0)
-            if self._keep and here < first:
-                return self._outputs[here].clone()
-            return layer.float_output(input)
-
-        return answer
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return bool((a - b).square().sum() <= ALIKE * a.square().sum())
