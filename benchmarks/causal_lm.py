@@ -1,8 +1,8 @@
 """Weight-only quantization of causal language models: a GPT-2 and a Llama, trained here in minutes, and how their perplexity rises.
 
 Each is trained on the validation text of WikiText-2 with a tokenizer made from it, calibrated on 256 windows of the same text, without
-labels, and scored on all of the test text. *network* has `Networkwise()` behind subbyte's default, where weights are in groups;
-*columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
+labels, and scored on all of the test text. Seed 0 has windows spaced evenly, the others have random ones. *network* has `Networkwise()`
+behind subbyte's default, where weights are in groups; *columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
 
     python benchmarks/causal_lm.py train --folder FOLDER                                # once; about 15 minutes on two cores
     python benchmarks/causal_lm.py measure --folder FOLDER --out docs/results/causal_lm.json
@@ -34,6 +34,7 @@ TOKENS, WORDS = 128, 2048
 KINDS = ("gpt2", "llama")
 ROWS: dict[str, tuple[int, int | None]] = {"4": (4, None), "4,64": (4, 64), "3,64": (3, 64), "2,64": (2, 64)}  # bits, group
 RECIPES = ("subbyte", "network", "columns", "rounding")
+KEY = ("model", "bits", "group", "seed")
 
 
 def main() -> None:
@@ -44,27 +45,32 @@ def main() -> None:
     parser.add_argument("--kind", choices=KINDS, action="append", help="only this one (may be repeated)")
     parser.add_argument("--row", choices=ROWS, action="append", help="only this one: bits, group (may be repeated)")
     parser.add_argument("--recipe", choices=RECIPES, action="append", help="only this one (may be repeated)")
+    parser.add_argument("--seeds", default="0", help="of the calibration windows, such as 0,1,2")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="JSON file of the rows")
+    parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and replace those of the same kind")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.what == "table":
         print(table(json.loads(options.out.read_text())["rows"]))
         return
     data = (options.data or default_data_root() or Path()) / "wikitext2"
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
     for kind in options.kind or KINDS:
         if options.what == "train":
             train(kind, options.folder / kind, data, options.epochs)
             continue
         wanted = [ROWS[name] for name in options.row or ROWS]
-        for row in measured(options.folder / kind, data, wanted, options.recipe or RECIPES):
-            rows.append({"model": kind} | row)
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            if options.out:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+        for seed in map(int, options.seeds.split(",")):
+            for new in measured(options.folder / kind, data, wanted, options.recipe or RECIPES, seed):
+                row = {"model": kind} | new
+                old = next((one for one in rows if all(one[key] == row[key] for key in KEY)), None)
+                rows = [row if one is old else one for one in rows] if old else [*rows, row]
+                row |= {name: value for name, value in (old or {}).items() if name not in row}
+                print(table([row]).splitlines()[-1], flush=True)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     if rows:
         print(table(rows))
 
@@ -141,10 +147,14 @@ def perplexity(model: torch.nn.Module, parts: Sequence[Any]) -> float:
     return math.exp(total / count)
 
 
-def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Rows of one model, one after the other."""
+def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], names: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
+    """Rows of one model and seed, one after the other."""
     model, tokenizer = open_pretrained(folder), open_tokenizer(folder)
     calibration, test = batches(model, tokenizer, data / "valid.txt", 256), batches(model, tokenizer, data / "test.txt", None)
+    if seed:
+        every = torch.cat([part["input_ids"] for part in batches(model, tokenizer, data / "valid.txt", None)])
+        chosen = torch.randperm(len(every), generator=torch.Generator().manual_seed(seed))[:256]
+        calibration = tuple({"input_ids": part} for part in every[chosen].split(8))
     reference = perplexity(model, test)
     for bits, group in rows:
         recipes = {
@@ -153,28 +163,39 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
             "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
             "rounding": replace(subbyte.rounding(), weight_group=group),
         }
-        row: dict[str, Any] = {"bits": bits, "group": group, "float": round(reference, 4)}
+        row: dict[str, Any] = {"bits": bits, "group": group, "seed": seed, "float": round(reference, 4)}
         for name in names:
             if name == "network" and group is None:
                 continue
             started = time.perf_counter()
-            result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipes[name])
+            result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipes[name], seed=seed)
             row |= {name: round(perplexity(result.model, test), 4), f"{name} seconds": round(time.perf_counter() - started, 1)}
             row |= {"bytes": result.size_bytes, "float bytes": result.float_bytes}
         yield row
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: perplexities, and by how many percent they rise."""
+    """Markdown: perplexities, means over seeds, and by how many percent they rise."""
     lines = [
-        "| model | bits | group | float | subbyte | network | columns | rounding | bytes | float bytes |",
-        "|---" * 10 + "|",
+        "| model | bits | group | seeds | float | subbyte | network | columns | rounding | bytes | float bytes |",
+        "|---" * 11 + "|",
     ]
-    for row in rows:
-        rises = [f"{row[name]:.3f} ({100 * (row[name] / row['float'] - 1):+.2f} %)" if name in row else "" for name in RECIPES]
-        cells = [row["model"], row["bits"], row["group"] or "channel", f"{row['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
-        lines.append("| " + " | ".join(map(str, cells)) + f" | {row['bytes']:,} | {row['float bytes']:,} |")
+    for model, bits, group in dict.fromkeys((row["model"], row["bits"], row["group"]) for row in rows):
+        same = [row for row in rows if (row["model"], row["bits"], row["group"]) == (model, bits, group)]
+        rises = [rise(same, name) for name in RECIPES]
+        first = same[0]
+        cells = [model, bits, group or "channel", len(same), f"{first['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
+        lines.append("| " + " | ".join(map(str, cells)) + f" | {first['bytes']:,} | {first['float bytes']:,} |")
     return "\n".join(lines)
+
+
+def rise(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """A recipe's cell; empty where no seed has it."""
+    found = [row[name] for row in rows if name in row]
+    if not found:
+        return ""
+    mean, seeds = sum(found) / len(found), "" if len(found) == len(rows) else f", {len(found)} seed{'s' * (len(found) > 1)}"
+    return f"{mean:.3f} ({100 * (mean / rows[0]['float'] - 1):+.2f} %{seeds})"
 
 
 if __name__ == "__main__":

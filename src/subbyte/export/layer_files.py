@@ -26,9 +26,9 @@ from subbyte.export.constants import LayerConstants, fix_constants_
 from subbyte.export.markers import marked
 from subbyte.export.onnx_file import to_file_bytes
 from subbyte.export.onnx_graph import OPSET, with_constants, with_markers
-from subbyte.export.placement import place_, simplify_
 from subbyte.export.targets import Target
 from subbyte.export.trace import Example, trace
+from subbyte.export.translation import place_for_
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.granularity import group_count
@@ -156,10 +156,7 @@ def _template(geometry: Geometry, activation_bits: int | None, target: Target, x
     model = marked(nn.Sequential(layer))
     example = Example.of([x])
     graph = trace(model.model, example)
-    if target.int8_between:
-        place_(graph, [x])
-    else:
-        simplify_(graph)
+    place_for_(graph, [x], target)
     constants = fix_constants_(graph, model)
     return ir.to_proto(with_markers(graph, example)), constants[KEY]
 

@@ -16,6 +16,7 @@ class Layout:
         channel_blocks: whether channels are filled up with zeros to the blocks in which ONNX Runtime's int8 kernels work
             (`channel_blocks`).
         channels_last: whether large means over all positions read numbers with channels last, as ONNX Runtime has them (`means`).
+        token_rows: whether linear layers over sequences work on one row for each token (`token_rows`).
 
     Example:
         >>> Layout().signed_codes
@@ -26,6 +27,7 @@ class Layout:
     unsigned_weights: bool = False
     channel_blocks: bool = False
     channels_last: bool = False
+    token_rows: bool = False
 
 
 PLAIN = Layout()

@@ -17,6 +17,7 @@ from subbyte.export.placement import place_, simplify_
 from subbyte.export.runtimes import WeightSite
 from subbyte.export.symmetric_placement import place_symmetric_
 from subbyte.export.targets import Target
+from subbyte.export.token_rows import as_rows_
 from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
@@ -24,7 +25,7 @@ __all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
-    """Insert the quantisers that a target needs between layers.
+    """Insert the quantisers that a target needs between layers, and give its kernels the shapes that they take.
 
     Args:
         graph: a traced model whose layers are marked; is changed in place.
@@ -36,10 +37,12 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
     """
     if target.layout.signed_codes:
         return place_symmetric_(graph, batches)
-    if target.int8_between:
-        return place_(graph, batches)
-    simplify_(graph)
-    return 0
+    placed = place_(graph, batches) if target.int8_between else 0
+    if not target.int8_between:
+        simplify_(graph)
+    if target.layout.token_rows:
+        as_rows_(graph)
+    return placed
 
 
 def to_file(
