@@ -1,8 +1,8 @@
 """Tokens as rows: between attention products every token is computed by itself, so that (N, T, C) may as well be (N T, C).
 
 A runtime adds the bias of a linear layer in the int8 kernel itself where the layer's input has two dimensions (Gemm), and in a step of its
-own where it has three (MatMul, Add). With few tokens such steps are what an encoder takes its time for. Reshaping costs next to nothing, and
-what attention does around its products is to reshape in any case.
+own where it has three (MatMul, Add); with few tokens an encoder's time goes into such steps. Reshaping costs next to nothing, and is what
+attention does around its products in any case.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import SymInt, Tensor
 from torch.fx import GraphModule, Node
 
