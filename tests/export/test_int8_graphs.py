@@ -33,6 +33,13 @@ class Mean(nn.Module):
         return mean if self.head is None else (mean, self.head(x).amax((2, 3)))
 
 
+class Signed(Mean):
+    """A mean of numbers of either sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.stem(x).mean((2, 3))
+
+
 class Rows(Mean):
     """A mean over some positions."""
 
@@ -90,10 +97,22 @@ def transpositions(content: bytes, folder: Path) -> int:
 
 @pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_large_mean_is_read_with_channels_last(tmp_path: Path, *, keeps: bool, shared: bool) -> None:
+def test_a_large_mean_sums_codes_with_channels_last(tmp_path: Path, *, keeps: bool, shared: bool) -> None:
     torch.manual_seed(0)
     operators = exported(Mean(keeps=keeps, shared=shared), torch.randn(16, 3, 16, 16), tmp_path)
-    assert (operators.count("Transpose"), operators.count("ReduceMean")) == (1, 1)
+    assert [operators.count(name) for name in ("Transpose", "MatMulInteger", "ReduceMean")] == [1, 1, 0]
+
+
+def test_a_mean_of_codes_with_a_zero_point_is_the_same_in_every_runtime(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    torch.manual_seed(0)
+    data = torch.randn(16, 3, 16, 16)
+    operators = exported(Signed(), data, tmp_path)
+    assert (operators.count("MatMulInteger"), operators.count("Sub")) == (1, 1)
+    content = (tmp_path / "m.onnx").read_bytes()
+    targets = (subbyte.OnnxRuntimeCPU(), subbyte.OpenVINOCPU())
+    first, second = (target.open(content, optimized=True, threads=1)([data.numpy()])[0] for target in targets)
+    assert np.abs(first - second).max() < 0.02 * np.abs(first).max() and first.min() < 0 < first.max()
 
 
 def test_onnxruntime_turns_nothing_round_in_front_of_a_large_mean(tmp_path: Path) -> None:
