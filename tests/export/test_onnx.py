@@ -191,7 +191,7 @@ def test_a_channel_that_is_all_but_dead_keeps_its_bias(tmp_path: Path) -> None:
 def test_linear_layers_on_sequences(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)).eval()
     _, done = exported(model, torch.randn(32, 6, 8), tmp_path / "m.onnx", widths=subbyte.Widths(4, 8))
-    assert set(done.verification.kernels.values()) == {"MatMulIntegerToFloat"} and done.quantizers == 0
+    assert set(done.verification.kernels.values()) == {"QGemm"} and done.quantizers == 0
     assert max(check.largest_steps for check in done.verification.checks) < 0.1
 
 
@@ -277,7 +277,7 @@ def test_tables_and_linear_layers_with_their_weight_transposed(symmetric: bool, 
     recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=symmetric)
     result = subbyte.quantize(model, torch.randint(0, 50, (32, 5)), widths=subbyte.Widths(3, 8), recipe=recipe)
     done = result.export_onnx(tmp_path / "m.onnx", threads=1)
-    assert done.verification.kernels == {"0": "Gather", "1": "MatMulIntegerToFloat", "3": "MatMulIntegerToFloat"}
+    assert done.verification.kernels == {"0": "Gather", "1": "QGemm", "3": "QGemm"}
     x = torch.randint(0, 50, (7, 5))
     found = run(tmp_path / "m.onnx", x)[0]
     assert steps_between(found, done.simulation(x).detach().numpy()) <= 1.0
