@@ -29,7 +29,7 @@ class Measured(SensitivityMethod):
 
     Args:
         remember: whether what comes before the changed layer answers from memory, which then holds what all blocks before it have returned,
-            for one batch.
+            for one batch. A model that does otherwise with it is measured without.
         samples: batches are measured until there are so many; as few as possible, spread evenly. None: all.
 
     Raises:

@@ -15,7 +15,7 @@ class Layout:
             sums (`saturation`).
         channel_blocks: whether channels are filled up with zeros to the blocks in which ONNX Runtime's int8 kernels work
             (`channel_blocks`).
-        channels_last: whether large means over all positions read numbers with channels last, as ONNX Runtime has them (`means`).
+        channels_last: whether large means over all positions read codes with channels last, as ONNX Runtime has them (`means`).
         token_rows: whether linear layers over sequences work on one row for each token (`token_rows`).
 
     Example:

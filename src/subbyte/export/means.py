@@ -1,7 +1,7 @@
 """Means over all positions, with channels last, as ONNX Runtime's int8 convolutions leave them, and of codes.
 
-In front of a mean over the last dimensions ONNX Runtime turns every number round to channels first, and makes it a float32 number, which in
-SqueezeNet takes two fifths of its last layer's time. So a large one becomes a matrix product of the codes with ones
+In front of a mean over the last dimensions ONNX Runtime turns every number round to channels first, and makes it a float32 number. So a
+large one becomes a matrix product of the codes with ones
 
     (N, C, H, W) codes -> Transpose (N, H, W, C), which it cancels against its own -> Reshape (N, H W, C)
         -> MatMulInteger: ones (1, 1, H W) times that, (N, 1, C) whole numbers -> less the zero-points, times s / (H W) -> Reshape
@@ -25,45 +25,62 @@ IMAGE = 4  # dimensions
 
 
 @dataclass(frozen=True, eq=False)
-class TurnedMean:
-    """A mean that waits for the codes that it reads.
+class LargeMean:
+    """A mean over all positions, and the grid of what it reads.
 
     Args:
-        last: the transposition to channels last of what is quantised.
-        mean: the mean of that, over positions.
-        positions: how many.
+        node: the ReduceMean.
+        shape: of a sample, C, H, W.
         scale: of the codes.
         zero_point: likewise.
     """
 
-    last: ir.Node
-    mean: ir.Node
-    positions: int
+    node: ir.Node
+    shape: tuple[int, ...]
     scale: float
     zero_point: int
 
 
-def turn_means_(builder: Builder, domain: str) -> list[TurnedMean]:
-    """Let large means over all positions of quantised tensors read them with channels last.
+def large_means(graph: ir.Graph, domain: str) -> list[LargeMean]:
+    """Large means of quantised tensors, in running order.
 
     Args:
-        builder: of a graph of markers, which is changed.
+        graph: of markers, which say what is quantised.
         domain: of the markers.
-
-    Returns:
-        What `sum_codes_` finishes when operators stand in place of the markers.
     """
     found = []
-    for node in [node for node in builder.graph if node.op_type == "ReduceMean"]:
+    for node in [node for node in graph if node.op_type == "ReduceMean"]:
         source = node.inputs[0]
         maker = None if source is None else source.producer()
         if source is None or maker is None or (maker.domain, maker.op_type) != (domain, "Quantize") or not _is_large_mean(node, source):
             continue
         assert source.shape is not None
-        last = builder.add("Transpose", source, perm=[0, 2, 3, 1])
-        means = builder.add("ReduceMean", last, builder.constant(np.array([1, 2])), keepdims=0)
+        shape = tuple(size for size in source.shape[1:] if isinstance(size, int))
+        found.append(LargeMean(node, shape, maker.attributes["scale"].as_float(), maker.attributes["zero_point"].as_int()))
+    return found
+
+
+def sum_codes_(builder: Builder, means: Sequence[LargeMean]) -> None:
+    """Put products of codes in place of means.
+
+    Args:
+        builder: of the graph, in which operators stand in place of the markers; is changed.
+        means: what `large_means` found.
+    """
+    for one in means:
+        node, (channels, *sides) = one.node, one.shape
+        source = node.inputs[0]
+        maker = None if source is None else source.producer()
+        assert maker is not None and maker.op_type == "DequantizeLinear"
+        positions = math.prod(sides)
+        last = builder.add("Transpose", maker.inputs[0], perm=[0, 2, 3, 1])
+        rows = builder.add("Reshape", last, builder.constant(np.array([0, positions, channels])))
+        sums = builder.add("MatMulInteger", builder.constant(np.ones((1, 1, positions), np.uint8)), rows)
+        if one.zero_point:
+            sums = builder.add("Sub", sums, builder.constant(np.int32(positions * one.zero_point)))
+        numbers = builder.add("Mul", builder.cast(sums, ir.DataType.FLOAT), builder.constant(np.float32(one.scale / positions)))
         kept = "keepdims" not in node.attributes or node.attributes["keepdims"].as_int() == 1
-        made = builder.add("Reshape", means, builder.constant(np.array([0, source.shape[1], 1, 1] if kept else [0, source.shape[1]])))
+        made = builder.add("Reshape", numbers, builder.constant(np.array([0, channels, 1, 1] if kept else [0, channels])))
         builder.place_(node)
         old = node.outputs[0]
         made.type, made.shape = old.type, old.shape
@@ -71,35 +88,6 @@ def turn_means_(builder: Builder, domain: str) -> list[TurnedMean]:
             made.name, old.name = old.name, None
         old.replace_all_uses_with(made, replace_graph_outputs=True)
         builder.graph.remove(node, safe=True)
-        turned, mean = last.producer(), means.producer()
-        assert turned is not None and mean is not None
-        scale, zero_point = maker.attributes["scale"].as_float(), maker.attributes["zero_point"].as_int()
-        found.append(TurnedMean(turned, mean, math.prod(source.shape[2:]), scale, zero_point))  # type: ignore[arg-type]
-    return found
-
-
-def sum_codes_(builder: Builder, means: Sequence[TurnedMean]) -> None:
-    """Sum codes, where `turn_means_` has left a mean of numbers.
-
-    Args:
-        builder: of the graph, whose markers have been replaced; is changed.
-        means: what `turn_means_` returned.
-    """
-    for one in means:
-        source = one.last.inputs[0]
-        maker = None if source is None else source.producer()
-        assert maker is not None and maker.op_type == "DequantizeLinear"
-        last = builder.add("Transpose", maker.inputs[0], perm=[0, 2, 3, 1])
-        rows = builder.add("Reshape", last, builder.constant(np.array([0, one.positions, -1])))
-        sums = builder.add("MatMulInteger", builder.constant(np.ones((1, 1, one.positions), np.uint8)), rows)
-        if one.zero_point:
-            sums = builder.add("Sub", sums, builder.constant(np.int32(one.positions * one.zero_point)))
-        numbers = builder.cast(sums, ir.DataType.FLOAT)
-        made = builder.add("Mul", numbers, builder.constant(np.float32(one.scale / one.positions)))
-        builder.place_(one.mean)
-        one.mean.outputs[0].replace_all_uses_with(made)
-        for node in (one.mean, one.last):
-            builder.graph.remove(node, safe=True)
         if not maker.outputs[0].uses():
             builder.graph.remove(maker, safe=True)
 

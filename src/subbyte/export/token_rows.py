@@ -21,25 +21,19 @@ TOGETHER = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor}
 RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default}
 
 
-def as_rows_(graph: GraphModule) -> int:
+def as_rows_(graph: GraphModule) -> None:
     """Let layers with quantised inputs, and what is computed of each token by itself around them, work on (N T, C).
 
     Args:
         graph: a placed graph; is changed in place.
-
-    Returns:
-        How many layers do so.
     """
-    layers = 0
     for part in _parts(graph):
         sizes = _sizes(graph, part[0])
         if sizes is not None:
             _flatten_(graph, part, sizes)
-            layers += sum(key_of(node) is not None for node in part)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
-    return layers
 
 
 def _parts(graph: GraphModule) -> list[list[Node]]:
