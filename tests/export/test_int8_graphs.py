@@ -151,3 +151,44 @@ def test_max_pooling_goes_in_front_of_a_concatenation_of_channels(tmp_path: Path
     operators = exported(Pooled(dim, shared=shared), torch.randn(16, 4, 9, 9), tmp_path)
     assert operators.count("MaxPool") == pools
     assert (operators.index("Concat") > operators.index("MaxPool")) is (pools == 2)
+
+
+class Siblings(nn.Module):
+    """Linear layers that read the same tensor, through steps of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.query, self.key, self.value = (nn.Linear(16, 16) for _ in range(3))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+
+
+def test_what_several_layers_read_is_quantised_once(tmp_path: Path) -> None:
+    samples = torch.randn(16, 6, 16, generator=torch.Generator().manual_seed(0))
+    result = subbyte.quantize(Siblings(), samples, widths=subbyte.Widths(4, 8), recipe=subbyte.rounding())
+    for name, shrunk in (("query", 0.97), ("key", 0.99), ("value", 1.0)):
+        layer = result.model.get_submodule(name)
+        assert isinstance(layer.activation_scale, Tensor)
+        layer.activation_scale = layer.activation_scale * shrunk
+    exported = result.export_onnx(tmp_path / "model.onnx", threads=1)
+    nodes = onnx.load(tmp_path / "model.onnx").graph.node
+    assert [node.op_type for node in nodes].count("QuantizeLinear") == 1
+    assert all(check.largest_steps <= 1.0 for check in exported.verification.checks)
+
+
+def test_what_lies_between_layers_is_quantised_whatever_the_inputs_are_called(tmp_path: Path) -> None:
+    class Named(Siblings):
+        """Two inputs, given by name, in either order."""
+
+        def forward(self, x: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(x * gain)
+
+    batches = [{"gain": torch.ones(8, 6, 1), "x": torch.randn(8, 6, 16)}, {"x": torch.randn(8, 6, 16), "gain": torch.ones(8, 6, 1)}]
+    result = subbyte.quantize(Named(), batches, widths=subbyte.Widths(4, 8), recipe=subbyte.rounding())
+    result.model.query.activation_scale = result.model.query.activation_scale * 0.98
+    exported = result.export_onnx(tmp_path / "model.onnx", threads=1)
+    assert all(check.largest_steps <= 1.0 for check in exported.verification.checks)

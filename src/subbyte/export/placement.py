@@ -8,7 +8,8 @@ A runtime's convolution runs in int8 only if its output is quantised, a sum only
 
 One tensor has one grid. Where everything that reads it has the same grid already (one layer, perhaps behind max-pooling; layers behind a
 concatenation), it is that grid, and nothing changes in the numbers. Else the 8-bit grid with the least squared error on the calibration
-samples is chosen, those of the reading layers being among the candidates, and layers with 8-bit inputs take it over.
+samples is chosen, those of the reading layers being among the candidates, and layers with 8-bit inputs take it over. So it is for any
+other tensor that several layers with 8-bit inputs read, as query, key and value of attention do: it is quantised once.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 
 from subbyte.export.graph_kinds import (
     ASSERTIONS,
@@ -68,13 +69,19 @@ def place_(graph: GraphModule, batches: Sequence[Batch]) -> int:
     simplify_(graph)
     points = _points(graph)
     choices = _choices(points)
+    shared = _shared(graph, points)
     open_points = [node for node in points if choices[node].grid is None]
-    values = observed(graph, open_points, batches)
+    values = observed(graph, [*open_points, *shared], batches)
     for node in open_points:
         if choices[node].grid is None:  # a concatenation's inputs share its choice
             choices[node].grid = _tightened(_least_error(values[node], choices[node].candidates), node)
     for node in points:
         _insert_(graph, node, choices[node])
+    for node, quantizers in shared.items():
+        grid = _least_error(values[node], [grid_of(quantizer) for quantizer in quantizers])
+        for quantizer in quantizers:
+            quantizer.args = (node, *grid_numbers(grid))
+    _do_once_(graph)
     graph.graph.eliminate_dead_code()
     graph.graph.lint()
     graph.recompile()
@@ -105,12 +112,17 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
             pad.replace_input_with(pad.args[0], moved)
             node.replace_all_uses_with(pad)
             graph.graph.erase_node(node)
+    _do_once_(graph)
+    graph.recompile()
+
+
+def _do_once_(graph: GraphModule) -> None:
+    """Let what is done alike to the same tensor be done once."""
     first: dict[object, Node] = {}
     for node in list(graph.graph.nodes):
         if (what := _repeatable(graph, node)) is not None and (other := first.setdefault(what, node)) is not node:
             node.replace_all_uses_with(other)
             graph.graph.erase_node(node)
-    graph.recompile()
 
 
 def _repeatable(graph: GraphModule, node: Node) -> object:
@@ -157,6 +169,13 @@ def _points(graph: GraphModule) -> list[Node]:
     found = {head(node) for node in nodes if is_int8_convolution(node)} | {head(node) for node in joins}
     found |= {_source(node) for join in joins for node in join.all_input_nodes}
     return [node for node in nodes if node in found and not is_quantize(node)]
+
+
+def _shared(graph: GraphModule, points: Sequence[Node]) -> dict[Node, list[Node]]:
+    """Other nodes whose output several layers read on 8-bit grids of their own, with the quantisers of these."""
+    chosen = set(points)
+    quantizers = {node: [user for user in node.users if is_quantize(user) and grid_of(user).is_8_bit] for node in graph.graph.nodes}
+    return {node: some for node, some in quantizers.items() if len(some) > 1 and node not in chosen}
 
 
 def _source(node: Node) -> Node:
@@ -213,37 +232,39 @@ def observed(graph: GraphModule, nodes: Iterable[Node], batches: Sequence[Batch]
     Returns:
         float32 (N,) for each node.
     """
-    seen: dict[Node, list[Tensor]] = {node: [] for node in nodes}
-    if not seen:
-        return {}
     each = max(1, MOST_VALUES // len(batches))
 
-    class Recorder(Interpreter):
-        def run_node(self, n: Node) -> object:
-            value = super().run_node(n)
-            if n in seen:
-                flat = value.flatten()
-                step = max(1, flat.numel() // each) | 1  # odd, so that it does not stay in one column of an image
-                seen[n].append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))
-            return value
-
-    runner = _Callable(graph, Recorder(graph))
+    recorders = {node: _Recorder(each) for node in dict.fromkeys(nodes)}
+    if not recorders:
+        return {}
+    names = [f"recorder_{index}" for index in range(len(recorders))]
+    for name, (node, recorder) in zip(names, recorders.items(), strict=True):
+        graph.add_submodule(name, recorder)
+        with graph.graph.inserting_after(node):
+            graph.graph.call_module(name, (node,))
+    graph.recompile()
     with torch.no_grad():
         for batch in batches:
-            call(runner, batch)
-    return {node: torch.cat(parts) for node, parts in seen.items()}
+            call(graph, batch)
+    for name in names:
+        graph.graph.erase_node(next(node for node in graph.graph.nodes if node.target == name))
+        graph.delete_submodule(name)
+    graph.recompile()
+    return {node: torch.cat(recorder.seen) for node, recorder in recorders.items()}
 
 
-class _Callable(nn.Module):
-    """An interpreter that is called as its graph is."""
+class _Recorder(nn.Module):
+    """Keeps a sample of the values that it is given, and both ends."""
 
-    def __init__(self, graph: GraphModule, interpreter: Interpreter) -> None:
+    def __init__(self, each: int) -> None:
         super().__init__()
-        self.graph, self.interpreter = graph, interpreter
+        self.each = each
+        self.seen: list[Tensor] = []
 
-    def forward(self, *args: object, **kwargs: object) -> object:
-        flat = self.graph.graph.process_inputs(*args, **kwargs)
-        return self.graph.graph.process_outputs(self.interpreter.run(*flat, enable_io_processing=False))
+    def forward(self, value: Tensor) -> None:
+        flat = value.flatten()
+        step = max(1, flat.numel() // self.each) | 1  # odd, so that it does not stay in one column of an image
+        self.seen.append(torch.cat([flat[::step], flat.amin()[None], flat.amax()[None]]))
 
 
 def _least_error(values: Tensor, candidates: Sequence[TensorGrid]) -> TensorGrid:
