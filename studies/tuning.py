@@ -4,13 +4,14 @@ Prints the loss on the held-out calibration samples before and after (what the g
 and KL divergence on 2,000 test images, of the model as the variant leaves it.
 
     python studies/tuning.py [--network resnet20] [--bits 8,4,3] [--seeds 0] [--only "paper"]
+    python studies/tuning.py --average 4,3 --only "bias"      # behind the advanced recipe's layers and batch-norm tuning, within a budget
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,10 @@ VARIANTS: Mapping[str, subbyte.Refinement] = {
     "bias, KL at 4": subbyte.BiasTuning(loss=subbyte.KLDivergence(4.0)),
     "bias, cosine": subbyte.BiasTuning(loss=subbyte.CosineDistance()),
     "bias and steps": subbyte.BiasTuning(step_rate=1e-3),
+    "bias, one rate": subbyte.BiasTuning(backoff=1.0),
+    "bias, from 1e-3": subbyte.BiasTuning(bias_rate=1e-3),
+    "bias, from 1e-3, steps 3e-4": subbyte.BiasTuning(bias_rate=1e-3, step_rate=3e-4),
+    "bias, from 1e-3, steps 1e-3": subbyte.BiasTuning(bias_rate=1e-3, step_rate=1e-3),
 }
 RECIPES = {"rounding": subbyte.rounding(), "parallel": subbyte.Recipe(flavour=subbyte.Flavour.PARALLEL), "sequential": subbyte.Recipe()}
 
@@ -86,14 +91,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Variants of batch-norm and bias tuning on the same calibrated network.")
     parser.add_argument("--network", choices=sorted(TASKS), default="resnet20")
     parser.add_argument("--bits", default="8,4,3", help="of weights and inputs; first and last layer have 8")
+    parser.add_argument("--average", default="", help="of weights, in place of --bits: the advanced recipe chooses each layer's")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--recipe", choices=sorted(RECIPES), action="append", help="only this one (may be repeated)")
     parser.add_argument("--only", default="", help="variants whose name holds this")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     print(f"{'network, bits, recipe':<24} {'variant':<26} {'before':>8} {'after':>8} {'top-1':>6} {'KL':>8}")
     for seed in map(int, options.seeds.split(",")):
         task = TASKS[options.network](seed=seed)
-        for bits in map(int, options.bits.split(",")):
+        for average in map(float, filter(None, options.average.split(","))):
+            every = EveryVariant(task, f"{options.network} {average:g} advanced {seed}", options.only)
+            recipe = replace(subbyte.advanced(), refinements=(subbyte.BatchNormTuning(), every))
+            subbyte.quantize(task.model, task.calibration, budget=subbyte.Budget(average_bits=average), recipe=recipe, seed=seed)
+        for bits in map(int, options.bits.split(",")) if not options.average else ():
             widths = subbyte.Widths(bits, bits, pinned=dict.fromkeys(task.first_and_last, 8))
             for name in options.recipe or RECIPES:
                 every = EveryVariant(task, f"{options.network} {bits} {name} {seed}", options.only)

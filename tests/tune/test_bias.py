@@ -111,7 +111,7 @@ def test_a_refinement_that_is_not_kept_takes_the_biases_of_norms_back() -> None:
 
     model, data = network(), torch.randn(48, 2, 6, 6)
     plain = subbyte.quantize(model, data, widths=Widths(3, 3), recipe=ROUNDED)
-    harmful = replace(QUICK, loss=Opposite(), stop_by=Opposite(), norm_biases=True)
+    harmful = replace(QUICK, loss=Opposite(), stop_by=Opposite(), layer_share=0.0, norm_biases=True)
     result = subbyte.quantize(model, data, widths=Widths(3, 3), recipe=replace(ROUNDED, refinements=(harmful,)))
     assert not result.refinements[0].kept and result.refinements[0].loss > result.loss
     assert all(torch.equal(a, b) for a, b in zip(plain.model.state_dict().values(), result.model.state_dict().values(), strict=True))
@@ -155,6 +155,47 @@ def test_it_ends_when_nothing_gets_better(setting: tuple[Models, CalibrationSet]
     assert note.startswith("nothing better found in 2 epochs")
     assert all(a.bias is b.bias for a, b in zip(before, states(models), strict=True))
     assert all(torch.equal(tensor, rest[name]) for name, tensor in others(models).items())
+
+
+def test_rates_that_are_too_high_are_backed_off_from(setting: tuple[Models, CalibrationSet]) -> None:
+    models, data = setting
+    before, start = states(models), held_out_loss(models, data, QUICK.stop_by)
+    too_high = replace(QUICK, bias_rate=1e2, epochs=12, patience=12)
+    (note,) = replace(too_high, backoff=1.0).refine_(models, data, ignore)
+    assert note.startswith("nothing better found") and all(a.bias is b.bias for a, b in zip(before, states(models), strict=True))
+    (note,) = replace(too_high, backoff=0.1).refine_(models, data, ignore)
+    assert note.startswith("best after") and held_out_loss(models, data, QUICK.stop_by) < start
+
+
+def test_layers_have_a_share_in_what_is_trained() -> None:
+    """The first layer's output does not reach the model's; only its own error says where its bias has to go."""
+
+    class Silent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 6), nn.Linear(4, 3)
+            self.eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(x) + 0.0 * self.first(x).sum(1, keepdim=True)
+
+    models, data = rounded(Silent(), list(torch.randn(96, 4, generator=torch.Generator().manual_seed(0)).split(32)))
+    for item in models.layers:
+        state = item.quantized.state()
+        item.quantized.assign_(replace(state, bias=state.bias + 0.5))
+    silent = next(item for item in models.layers if item.layer.name == "first")
+    before = silent.quantized.state().bias
+    seen = torch.cat([torch.as_tensor(batch) for batch in data.batches])
+
+    @torch.no_grad()
+    def error() -> float:
+        return float((silent.quantized(seen) - silent.original(seen)).square().mean())
+
+    start = error()
+    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, ignore)
+    assert note.startswith("best after") and torch.equal(silent.quantized.state().bias, before)
+    (note,) = replace(QUICK, bias_rate=3e-2).refine_(models, data, ignore)
+    assert note.startswith("best after") and error() < start
 
 
 def test_held_out_samples_have_no_say_in_what_is_trained(setting: tuple[Models, CalibrationSet]) -> None:
@@ -252,7 +293,8 @@ def test_a_model_without_gradients_is_left_as_it_is(obstacle: Callable[[Tensor],
 
     models, data = rounded(Opaque().eval(), [torch.randn(16, 4)])
     before = states(models)
-    assert QUICK.refine_(models, data, ignore)[0].startswith("nothing done: the model cannot be differentiated: ")
+    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, ignore)
+    assert note.startswith("nothing done: the model cannot be differentiated: ")
     assert states(models)[0].bias is before[0].bias
     assert all(parameter.grad is None for parameter in models.quantized.parameters())
 
@@ -283,6 +325,9 @@ def test_the_observer_is_told(setting: tuple[Models, CalibrationSet]) -> None:
         lambda: BiasTuning(bias_rate=-1.0),
         lambda: BiasTuning(step_rate=-1.0),
         lambda: BiasTuning(mixing=1.5),
+        lambda: BiasTuning(layer_share=-1.0),
+        lambda: BiasTuning(backoff=0.0),
+        lambda: BiasTuning(backoff=2.0),
         lambda: Adam(betas=(0.9, 1.0)),
         lambda: Adam(epsilon=0.0),
         lambda: SGD(momentum=1.0),

@@ -3,8 +3,7 @@
     minimise over the V, b', s_w, s_x, z_x of all layers
         e(model(x), model^(x)) + share * mean over layers l of e(y_l, y^_l),       e(a, b) = ||a - b||^2 / ||a - mean a||^2
 
-`y_l` is what the model reads of a layer's output, behind its ReLU. The outputs alone would be fitted by heart on a few hundred samples; the
-layers in between give every sample as many targets as there are activations, and mixing samples with each other gives more of them.
+`y_l` is what the model reads of a layer's output, behind its ReLU (see `hints`); mixing samples with each other gives more targets.
 
 Parameters, units and gradients are AdaQuant's, the model takes the place of the layer. The rates fall to nothing, and the last iterate is
 taken: which of the earlier ones is best on a few dozen held-out samples is mostly chance. Those judge the refinement as a whole.
@@ -14,20 +13,19 @@ A gradient step keeps what the batch makes of every layer in memory, unlike the 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from subbyte.calibrate.fit_samples import Augmentation, fit_parts, shuffled, varied
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.hints import layer_outputs, layers_error, relative_error
 from subbyte.calibrate.joint import JointParameters, adam, half_cosine
-from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
+from subbyte.calibrate.models import Models, assign_, solution_of
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
@@ -131,23 +129,20 @@ class _Training:
 
     def _loss(self, batch: Batch) -> Tensor:
         items = self.models.free
-        with torch.no_grad(), _outputs(items, [item.original for item in items]) as wanted:
+        with torch.no_grad(), layer_outputs(items, [item.original for item in items]) as wanted:
             reference = read_outputs(call(self.models.original, batch), batch)
-        with _outputs(items, [item.quantized for item in items]) as given:
+        with layer_outputs(items, [item.quantized for item in items]) as given:
             outputs = read_outputs(call(self.models.quantized, batch), batch)
-        total = torch.stack([_error(a, b) for a, b in zip(reference, outputs, strict=True)]).mean()
-        pairs = [pair for name in wanted for pair in zip(wanted[name], given[name], strict=False)]
-        real = real_positions(batch)
-        calls = [(without_padding(a, real), without_padding(b, real)) for a, b in pairs]
-        if self.settings.layer_share and calls:
-            total = total + self.settings.layer_share * torch.stack([_error(a, b) for a, b in calls]).mean()
-        return total
+        total = torch.stack([relative_error(a, b) for a, b in zip(reference, outputs, strict=True)]).mean()
+        share = self.settings.layer_share
+        layers = layers_error(wanted, given, batch) if share else None
+        return total if layers is None else total + share * layers
 
     @torch.no_grad()
     def _trainable(self, batch: Batch) -> list[TrainableLayer]:
         """Parameters of each layer, at its present solution."""
         items = self.models.free
-        with _outputs(items, [item.original for item in items]) as outputs:
+        with layer_outputs(items, [item.original for item in items]) as outputs:
             call(self.models.original, batch)
         layers = []
         for item in items:
@@ -157,26 +152,3 @@ class _Training:
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers
-
-
-def _error(reference: Tensor, output: Tensor) -> Tensor:
-    """Squared error, as a share of the reference's spread over the samples; of a single sample, of its size."""
-    centre = reference.mean(dim=0) if len(reference) > 1 else torch.zeros_like(reference)
-    spread = (reference - centre).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return (output - reference).square().sum() / spread
-
-
-@contextlib.contextmanager
-def _outputs(items: Sequence[CalibratedLayer], modules: Sequence[nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
-    """What is read of the layers' outputs, by layer name, one for each call."""
-    found: dict[str, list[Tensor]] = defaultdict(list)
-
-    def keep(item: CalibratedLayer):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: found[item.layer.name].append(item.clip(output))
-
-    handles = [module.register_forward_hook(keep(item)) for item, module in zip(items, modules, strict=True)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,6 +1,6 @@
 """Bias tuning: train the biases of the whole quantized model so that it returns what the float model does.
 
-    minimise over the biases b of all layers        loss(float(x), quantized(x; b))
+    minimise over the biases b of all layers        loss(float(x), quantized(x; b)) + share * mean over layers l of e(y_l, y^_l)
 
 The float model is the teacher, so no label is needed. Biases are few (one for each output channel), so that a few hundred samples
 determine them, and they cost nothing: codes and steps stay what they are. Rounding of inputs is passed straight through by the gradient.
@@ -25,6 +25,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from subbyte.calibrate.fit_samples import Augmentation, fit_parts, mixable, shuffled, varied
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.hints import layer_outputs, layers_error
 from subbyte.calibrate.joint import half_cosine
 from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, compare
 from subbyte.calibrate.models import Models
@@ -50,9 +51,13 @@ class BiasTuning(Refinement):
             kept.
         optimizer: how parameters are moved.
         epochs: how often every sample is seen, at most.
+        backoff: what rates are multiplied by after an epoch that brought nothing better, when the best state is taken up again; 1: rates
+            and state go on as they are.
         batch_samples: samples of one gradient step, at most; of different batches only where these fit together.
         bias_rate: rate of the biases, in standard deviations of the layer's output.
         step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
+        layer_share: weight of the error of what the model reads of the layers' outputs, beside the loss: the mean over all layers of their
+            squared errors as shares of their spreads over the samples.
         norm_biases: whether biases of norm layers (layer, group, instance and batch norms that are still there) are trained too.
         mixing: how much of another sample is mixed into each, at most; drawn evenly from 0 to this. 0: nothing is mixed, for inputs of
             which no mixture makes sense. Integers, such as token ids, are never mixed.
@@ -74,18 +79,20 @@ class BiasTuning(Refinement):
     stop_by: OutputLoss = RelativeSquaredError()
     optimizer: Optimizer = Adam()
     epochs: int = 4
+    backoff: float = 0.3
     batch_samples: int = 32
     bias_rate: float = 3e-3
     step_rate: float = 0.0
+    layer_share: float = 1.0
     norm_biases: bool = False
     mixing: float = 1.0
     augment: Augmentation | None = None
     patience: int = 4
 
     def __post_init__(self) -> None:
-        counts, rates = (self.epochs, self.batch_samples, self.patience), (self.bias_rate, self.step_rate)
-        if min(counts) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1:
-            raise OptionError(f"BiasTuning needs positive counts, no negative rate and mixing from 0 to 1, not {self}")
+        counts, rates = (self.epochs, self.batch_samples, self.patience), (self.bias_rate, self.step_rate, self.layer_share)
+        if min(counts) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1 or not 0 < self.backoff <= 1:
+            raise OptionError(f"BiasTuning needs positive counts, no negative rate or share, mixing and backoff up to 1, not {self}")
 
     def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
@@ -108,6 +115,36 @@ class BiasTuning(Refinement):
         observer(StageFinished(self.name, time.perf_counter() - started))
         several = not self.mixing or any(mixable(part) for part in parts)
         return (note,) if several else (note, "nothing was mixed: inputs are no floating-point numbers, or padded")
+
+
+class _Descent:
+    """An optimizer whose rates fall to 0 in half a cosine, and may be told to go slower.
+
+    Args:
+        kind: of optimizer.
+        groups: parameters, each with its rate.
+        steps: until rates are 0.
+    """
+
+    def __init__(self, kind: Optimizer, groups: Sequence[tuple[Tensor, float]], steps: int) -> None:
+        self._kind, self._groups, self._steps, self._done, self._slowed = kind, groups, steps, 0, 1.0
+        self.slow_down(1.0)
+
+    def slow_down(self, factor: float) -> None:
+        """Multiply all rates by a factor, and forget where the parameters were heading."""
+        self._slowed *= factor
+        self._optimizer = self._kind.over([(parameter, self._slowed * rate) for parameter, rate in self._groups])
+        done = self._done
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, lambda k: half_cosine(min((done + k) / self._steps, 1.0)))
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the gradient; none where the loss depends on no parameter, as of a batch that reaches no layer that is trained."""
+        if loss.requires_grad:
+            self._optimizer.zero_grad()
+            loss.backward(inputs=[parameter for parameter, _ in self._groups])
+            self._optimizer.step()
+            self._schedule.step()
+            self._done += 1
 
 
 class _Tuning:
@@ -140,20 +177,17 @@ class _Tuning:
         first = least = self._judge.loss_of(self._models.quantized)
         best, best_epoch, epoch = self._values(), 0, 0
         with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
-            optimizer = settings.optimizer.over(self._groups)
-            steps = settings.epochs * sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: half_cosine(min(k / steps, 1.0)))
+            each = sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
+            descent = _Descent(settings.optimizer, self._groups, settings.epochs * each)
             for epoch in range(1, settings.epochs + 1):
                 for batch in shuffled(self._parts, settings.batch_samples, generator):
-                    optimizer.zero_grad()
-                    loss = self._loss(varied(batch, settings.augment, settings.mixing, generator))
-                    if loss.requires_grad:  # not where a batch reaches no layer that is trained
-                        loss.backward(inputs=self._parameters)
-                        optimizer.step()
-                        schedule.step()
+                    descent.step(self._loss(varied(batch, settings.augment, settings.mixing, generator)))
                 reached = self._judge.loss_of(self._models.quantized)
                 if reached < least:
                     least, best, best_epoch = reached, self._values(), epoch
+                elif settings.backoff < 1:
+                    self._restore_(best)
+                    descent.slow_down(settings.backoff)
                 if epoch - best_epoch >= settings.patience:
                     break
         self._restore_(best)
@@ -164,10 +198,14 @@ class _Tuning:
         return f"best after {best_epoch} of {epoch} epochs, {named}" if best_epoch else f"nothing better found in {epoch} epochs, {named}"
 
     def _loss(self, batch: Batch) -> Tensor:
-        with torch.no_grad():
+        items, share = self._models.free if self._settings.layer_share else (), self._settings.layer_share
+        with torch.no_grad(), layer_outputs(items, [item.original for item in items]) as wanted:
             reference = call(self._models.original, batch)
-        above, below = compare(reference, call(self._models.quantized, batch), self._settings.loss, batch)
-        return above / below.clamp(min=torch.finfo(torch.float32).tiny)
+        with layer_outputs(items, [item.quantized for item in items]) as given:
+            output = call(self._models.quantized, batch)
+        above, below = compare(reference, output, self._settings.loss, batch)
+        total, layers = above / below.clamp(min=torch.finfo(torch.float32).tiny), layers_error(wanted, given, batch)
+        return total if layers is None else total + share * layers
 
     def _values(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self._parameters]
