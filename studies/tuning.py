@@ -37,9 +37,11 @@ VARIANTS: Mapping[str, subbyte.Refinement] = {
     "batch norm": subbyte.BatchNormTuning(),
     "batch norm, all layers": subbyte.BatchNormTuning(without_batch_norm=True),
     "bias, default": subbyte.BiasTuning(),
-    "bias, rate 1e-3": subbyte.BiasTuning(bias_rate=1e-3),
-    "bias, rate 1e-2": subbyte.BiasTuning(bias_rate=1e-2),
-    "bias, 12 epochs": subbyte.BiasTuning(epochs=12, patience=12),
+    "bias, rate 3e-4": subbyte.BiasTuning(bias_rate=3e-4),
+    "bias, rate 3e-3": subbyte.BiasTuning(bias_rate=3e-3),
+    "bias, one rate": subbyte.BiasTuning(backoff=1.0),
+    "bias, outputs only": subbyte.BiasTuning(layer_share=0.0),
+    "bias, 4 epochs": subbyte.BiasTuning(epochs=4),
     "bias, not mixed": subbyte.BiasTuning(mixing=0.0),
     "bias, flipped, not mixed": subbyte.BiasTuning(mixing=0.0, augment=flipped),
     "bias, KL, not mixed": subbyte.BiasTuning(mixing=0.0, loss=subbyte.KLDivergence()),
@@ -48,10 +50,6 @@ VARIANTS: Mapping[str, subbyte.Refinement] = {
     "bias, KL at 4": subbyte.BiasTuning(loss=subbyte.KLDivergence(4.0)),
     "bias, cosine": subbyte.BiasTuning(loss=subbyte.CosineDistance()),
     "bias and steps": subbyte.BiasTuning(step_rate=1e-3),
-    "bias, one rate": subbyte.BiasTuning(backoff=1.0),
-    "bias, from 1e-3": subbyte.BiasTuning(bias_rate=1e-3),
-    "bias, from 1e-3, steps 3e-4": subbyte.BiasTuning(bias_rate=1e-3, step_rate=3e-4),
-    "bias, from 1e-3, steps 1e-3": subbyte.BiasTuning(bias_rate=1e-3, step_rate=1e-3),
 }
 RECIPES = {"rounding": subbyte.rounding(), "parallel": subbyte.Recipe(flavour=subbyte.Flavour.PARALLEL), "sequential": subbyte.Recipe()}
 

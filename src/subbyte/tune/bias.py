@@ -78,10 +78,10 @@ class BiasTuning(Refinement):
     loss: OutputLoss = RelativeSquaredError()
     stop_by: OutputLoss = RelativeSquaredError()
     optimizer: Optimizer = Adam()
-    epochs: int = 4
+    epochs: int = 8
     backoff: float = 0.3
     batch_samples: int = 32
-    bias_rate: float = 3e-3
+    bias_rate: float = 1e-3
     step_rate: float = 0.0
     layer_share: float = 1.0
     norm_biases: bool = False
