@@ -53,7 +53,8 @@ class BiasTuning(Refinement):
         epochs: how often every sample is seen, at most.
         backoff: what rates are multiplied by after an epoch that brought nothing better, when the best state is taken up again; 1: rates
             and state go on as they are.
-        batch_samples: samples of one gradient step, at most; of different batches only where these fit together.
+        batch_samples: samples of one gradient step, at most; of different batches only where these fit together. What they make of
+            every layer is kept in memory until the step is done, twice where layers have a share.
         bias_rate: rate of the biases, in standard deviations of the layer's output.
         step_rate: rate of the steps of weights and inputs, as a share of themselves; 0: they stay.
         layer_share: weight of the error of what the model reads of the layers' outputs, beside the loss: the mean over all layers of their
