@@ -232,23 +232,21 @@ def observed(graph: GraphModule, nodes: Iterable[Node], batches: Sequence[Batch]
     Returns:
         float32 (N,) for each node.
     """
-    each = max(1, MOST_VALUES // len(batches))
-
-    recorders = {node: _Recorder(each) for node in dict.fromkeys(nodes)}
+    recorders = {node: _Recorder(max(1, MOST_VALUES // len(batches))) for node in nodes}
     if not recorders:
         return {}
-    names = [f"recorder_{index}" for index in range(len(recorders))]
-    for name, (node, recorder) in zip(names, recorders.items(), strict=True):
-        graph.add_submodule(name, recorder)
+    calls = []
+    for index, (node, recorder) in enumerate(recorders.items()):
+        graph.add_submodule(f"recorder_{index}", recorder)
         with graph.graph.inserting_after(node):
-            graph.graph.call_module(name, (node,))
+            calls.append(graph.graph.call_module(f"recorder_{index}", (node,)))
     graph.recompile()
     with torch.no_grad():
         for batch in batches:
             call(graph, batch)
-    for name in names:
-        graph.graph.erase_node(next(node for node in graph.graph.nodes if node.target == name))
-        graph.delete_submodule(name)
+    for node in calls:
+        graph.graph.erase_node(node)
+        graph.delete_submodule(str(node.target))
     graph.recompile()
     return {node: torch.cat(recorder.seen) for node, recorder in recorders.items()}
 

@@ -2,14 +2,14 @@
 
     minimise over the biases b of all layers        loss(float(x), quantized(x; b)) + share * mean over layers l of e(y_l, y^_l)
 
-The float model is the teacher, so no label is needed. Biases are few (one for each output channel), so that a few hundred samples
-determine them, and they cost nothing: codes and steps stay what they are. Rounding of inputs is passed straight through by the gradient.
-The state that is best on held-out samples is kept.
+The float model is the teacher, so no label is needed; `y_l` is what it reads of a layer's output, `e` the error of `hints.relative_error`.
+Biases are few (one for each output channel), so that a few hundred samples determine them, and they cost nothing: codes and steps stay what
+they are. Rounding of inputs is passed straight through by the gradient. The state that is best on held-out samples is kept, and taken up
+again at lower rates after an epoch that brought nothing better.
 
 Samples that the float model was trained on make a poor teacher: it is sure of them, and its outputs say little. Where data may be mixed,
-convex combinations of two samples show it what it is not sure of, and it labels them as well as any other. That is worth little for the
-ResNet-20 of studies/tuning.py; changes that keep what a sample shows, such as mirrored images, are worth more, but only the user knows
-them.
+convex combinations of two samples show it what it is not sure of, and it labels them as well as any other. That is worth nothing for the
+ResNet-20 of studies/tuning.py, and neither are mirrored images, which only the user knows to be allowed.
 """
 
 from __future__ import annotations
