@@ -76,14 +76,14 @@ def test_every_step_lowers_the_held_out_loss_or_is_taken_back(name: str, network
         ("default", range(2, 9), 8),
         ("rounding", range(2, 9), 8),
         ("light", range(2, 9), 8),
-        ("advanced", (2, 3, 4, 8), 8),
+        ("advanced", range(2, 9), 8),
         ("relaxed", range(2, 9), "same"),
         ("thorough", range(2, 9), 8),
         ("weight_only", range(2, 9), None),
     ],
 )
 def test_a_recipe_says_among_which_widths_a_budget_chooses(
-    name: str, weight_bits: range | tuple[int, ...], inputs: int | str | None, network: nn.Module, data: Tensor
+    name: str, weight_bits: range, inputs: int | str | None, network: nn.Module, data: Tensor
 ) -> None:
     result = subbyte.quantize(network, data, budget=Budget(average_bits=5.0), recipe=RECIPES[name]())
     assert result.plan is not None and result.plan.budget.choices == RECIPES[name]().choices

@@ -31,6 +31,7 @@ from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Rang
 from subbyte.recipes import Recipe, advanced, default, light, relaxed, rounding, thorough, weight_only
 from subbyte.result import Result
 from subbyte.run.bank import Bank
+from subbyte.run.freed_memory import keep_freed_memory
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
 from subbyte.tune.step_search import StepSearch
@@ -91,6 +92,7 @@ __all__ = [
     "Widths",
     "advanced",
     "default",
+    "keep_freed_memory",
     "light",
     "load",
     "load_pretrained",

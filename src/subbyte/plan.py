@@ -220,9 +220,10 @@ def meet(assembler: Assembler, market: Market, budget: Budget) -> tuple[Assemble
 
 def _judges(assembler: Assembler, budget: Budget) -> dict[str, Judge]:
     """What measures each limited degradation; on which class is the largest, mixtures have no say, as no user means them by it."""
-    judge, mixtures = assembler.judge, budget.mixtures if assembler.recipe.mixtures else 0
+    judge, limited = assembler.judge, [name for name in DEGRADATION_LOSSES if name in budget.degradations]
+    mixtures = budget.mixtures if assembler.recipe.mixtures and limited not in ([], ["disagreement"]) else 0
     with_mixtures = judge.with_mixtures(assembler.original, mixtures, assembler.calibration.seed)
-    judges = {name: judge if name == "disagreement" else with_mixtures for name in DEGRADATION_LOSSES if name in budget.degradations}
+    judges = {name: judge if name == "disagreement" else with_mixtures for name in limited}
     return {name: replace(one, loss=DEGRADATION_LOSSES[name]) for name, one in judges.items()}
 
 

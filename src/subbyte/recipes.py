@@ -131,17 +131,17 @@ def light() -> Recipe:
 
 
 def advanced() -> Recipe:
-    """Every layer solved at 2, 3, 4 and 8 bits, widths by integer programme, layers solved anew at these, then tuning of both kinds.
+    """Every layer solved at 2 to 8 bits, widths by integer programme, layers solved anew at these, then tuning of both kinds.
 
     Source:
         Hubara et al., arXiv 2006.10518, section 4, "advanced pipeline", which chooses between 4 and 8 bits for weights and inputs alike; of
         these nothing below 4 bits on average can be made. The second solving, on what the quantized layers make of the data, is ours.
 
     Example:
-        >>> advanced().choices.weight_bits, advanced().choices.activation_bits
-        ((2, 3, 4, 8), (8,))
+        >>> advanced().choices == default().choices, [refinement.name for refinement in advanced().refinements]
+        (True, ['BatchNormTuning', 'BiasTuning'])
     """
-    return replace(relaxed(), choices=Choices((2, 3, 4, 8), activation_bits=(8,)))
+    return replace(default(), refinements=(BatchNormTuning(), BiasTuning()))
 
 
 def relaxed() -> Recipe:
@@ -154,7 +154,7 @@ def relaxed() -> Recipe:
         >>> relaxed().choices.weight_bits
         (2, 3, 4, 5, 6, 7, 8)
     """
-    return Recipe(choices=Choices(), refinements=(BatchNormTuning(), BiasTuning()))
+    return replace(advanced(), choices=Choices())
 
 
 def thorough() -> Recipe:
@@ -177,4 +177,4 @@ def weight_only() -> Recipe:
         >>> weight_only().choices.activation_bits
         (None,)
     """
-    return replace(relaxed(), choices=Choices(activation_bits=(None,)))
+    return replace(advanced(), choices=Choices(activation_bits=(None,)))

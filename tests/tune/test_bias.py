@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subbyte
 from subbyte import BiasTuning, CosineDistance, KLDivergence, OptionError, OutputLoss, Recipe, RelativeSquaredError, Widths
@@ -232,6 +233,34 @@ def test_the_layer_computes_what_the_quantized_layer_does_and_rounding_is_passed
         expected = tuned(x)
         item.quantized.assign_(tuned.state())
         torch.testing.assert_close(item.quantized(x), expected)
+
+
+def test_biases_alone_want_no_gradient_of_the_weight() -> None:
+    models, _ = rounded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)).eval(), [torch.randn(32, 3, 8, 8)])
+    item, asked = models.layers[1], []
+    tuned, x = TunedLayer(item, with_steps=False), torch.randn(5, 4, 6, 6, requires_grad=True)
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten.convolution_backward.default:
+                asked.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    with Asked():
+        y = tuned(x)
+        y.sum().backward()
+    assert asked == [[True, False, False]]
+    assert x.grad is not None and torch.equal(tuned.bias.grad, torch.full((2,), float(5 * 4 * 4)))
+    torch.testing.assert_close(y, item.quantized(x))
+
+
+def test_a_table_has_no_bias_to_tune() -> None:
+    models, _ = rounded(Embedded().eval(), [{"ids": torch.randint(0, 11, (8, 5))}])
+    item = next(item for item in models.layers if not item.layer.operator.multiplies)
+    tuned, ids = TunedLayer(item, with_steps=False), torch.arange(11)
+    with torch.no_grad():
+        tuned.bias += 1.0
+    assert torch.equal(tuned(ids), item.quantized(ids))
 
 
 def test_mixing_is_convex_and_leaves_integers() -> None:

@@ -29,11 +29,11 @@ from subbyte.calibrate.loss import OutputLoss
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, sample_count
 from subbyte.model.padding import read_outputs
+from subbyte.model.pieces import pieces
 from subbyte.quantizers.affine import fake_quantize
 
 GRADIENT_POSITIONS = 50  # writing and reading a sample's gradient for the weight takes as long as a forward of so many positions
 MOST_GRADIENTS = 2**24  # numbers of the samples' gradients for a weight that are held at once
-CACHED = 2**17  # numbers of an input that a processor rounds at once, so that they stay in its cache
 NO_GRADIENT = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
 
 
@@ -199,8 +199,7 @@ class _Call:
         ]
         grids = {key: activation for key, activation in keyed if activation is not None}
         found: dict[object, list[Tensor]] = {key: [] for key in grids}
-        samples = max(1, CACHED // max(1, self.x[:1].numel())) if self.x.device.type == "cpu" else len(self.x)
-        for x, *some in zip(self.x.split(samples), *(h.split(samples) for h in self.at_input), strict=True):
+        for x, *some in zip(pieces(self.x), *map(pieces, self.at_input), strict=True):
             for key, activation in grids.items():
                 dx = fake_quantize(x, *activation).sub_(x)
                 found[key].append(torch.stack([(h * dx).flatten(1).sum(dim=1) for h in some]))

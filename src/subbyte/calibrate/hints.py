@@ -14,11 +14,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.model.batches import Batch
 from subbyte.model.padding import real_positions, without_padding
+from subbyte.model.pieces import pieces
 
 Outputs = Mapping[str, list[Tensor]]
 
@@ -83,6 +85,7 @@ def relative_error(reference: Tensor, output: Tensor) -> Tensor:
         >>> relative_error(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
         tensor(0.5000)
     """
-    centre = reference.mean(dim=0) if len(reference) > 1 else torch.zeros_like(reference)
-    spread = (reference - centre).square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return (output - reference).square().sum() / spread
+    centre = reference.mean(dim=0, keepdim=True) if len(reference) > 1 else torch.zeros_like(reference)
+    distances = [F.mse_loss(piece, centre.expand_as(piece), reduction="sum") for piece in pieces(reference)]
+    spread = torch.stack(distances).sum().clamp(min=torch.finfo(torch.float32).tiny)
+    return F.mse_loss(output, reference, reduction="sum") / spread

@@ -22,6 +22,7 @@ import typer
 from subbyte.cli.reporting import app
 from subbyte.cli.show import as_json
 from subbyte.errors import DataError, FileError, LayerError, ModelError, OptionError
+from subbyte.run.freed_memory import keep_freed_memory
 
 __all__ = ["main"]
 
@@ -44,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Traceback (most recent call last):
         SystemExit: 0
     """
+    keep_freed_memory()
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
         code = typer.main.get_command(app).main(args=given, prog_name="subbyte", standalone_mode=False) or 0

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from subbyte.model.batches import Batch, call
-from subbyte.model.channel_flow import Flow, channels_first, removed
+from subbyte.model.channel_flow import Flow, removed
 from subbyte.model.layers import Layer
 from subbyte.model.operators import Linear
 from subbyte.model.padding import real_positions, without_padding
+from subbyte.model.pieces import pieces
 from subbyte.quantizers.granularity import column_groups
 
 POWER = 8  # of the mean that stands for a channel's range: near the largest value, and no single one decides
@@ -50,20 +51,14 @@ class ChannelRanges:
         def enter(name: str):  # type: ignore[no-untyped-def]
             def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
                 (x,) = (*args, *kwargs.values())
-                rows = channels_first(self._read(x, name, real), self.layers[name])
-                high = rows.abs().amax().clamp(min=1e-30)
-                power = (rows / high).pow(POWER).sum(1, dtype=torch.float64) * high.double() ** POWER
-                self.sums[name] = self.sums.get(name, torch.zeros_like(power)) + power
-                self.squares[name] = self.squares.get(name, torch.zeros_like(power)) + rows.square().sum(1, dtype=torch.float64)
-                self.counts[name] = self.counts.get(name, 0) + rows.shape[1]
-                self.largest[name] = _larger(self.largest.get(name), rows.amax(1))
+                self._add_inputs(name, self._read(x, name, real))
 
             return hook
 
         def leave(name: str):  # type: ignore[no-untyped-def]
             def hook(module: nn.Module, args: object, output: Tensor) -> None:
-                rows = channels_first(self._read(output, name, real), self.layers[name])
-                self.outputs[name] = _larger(self.outputs.get(name), rows.amax(1))
+                output = self._read(output, name, real)
+                self.outputs[name] = _larger(self.outputs.get(name), output.amax(self._others(name, output)))
 
             return hook
 
@@ -76,7 +71,26 @@ class ChannelRanges:
             removed(handles)
 
     def _read(self, x: Tensor, name: str, real: Tensor | None) -> Tensor:
-        return without_padding(x, real) if isinstance(self.layers[name].operator, Linear) else x
+        x = without_padding(x, real) if isinstance(self.layers[name].operator, Linear) else x
+        return x if x.dim() > 1 else x[None]
+
+    def _others(self, name: str, x: Tensor) -> list[int]:
+        """Dimensions of a layer's input or output that count no channels."""
+        channel = self.layers[name].operator.channel_dimension % x.dim()
+        return [dimension for dimension in range(x.dim()) if dimension != channel]
+
+    def _add_inputs(self, name: str, x: Tensor) -> None:
+        """What a layer is fed by one batch: float32, at least two dimensions."""
+        others = self._others(name, x)
+        high = torch.stack(torch.aminmax(x)).abs().amax().clamp(min=1e-30)
+        for piece in pieces(x):
+            part = (piece / high).square_()
+            sums = part.sum(others).double() * high.double() ** 2
+            powers = part.square_().square_().sum(others).double() * high.double() ** POWER
+            self.squares[name] = self.squares.get(name, 0.0) + sums
+            self.sums[name] = self.sums.get(name, 0.0) + powers
+            self.largest[name] = _larger(self.largest.get(name), piece.amax(others))
+            self.counts[name] = self.counts.get(name, 0) + piece.numel() // len(sums)
 
     def power(self, name: str) -> Tensor:
         """Root of the mean power of a reader's inputs, float64 (C_in,).

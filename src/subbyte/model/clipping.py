@@ -75,9 +75,7 @@ def find_clips(model: nn.Module, layers: Sequence[Layer], batches: Sequence[Batc
     except RuntimeError:  # a model that cannot be differentiated: then every output counts
         return {}
     clips = {name: clip for name, pairs in read.items() if (clip := _clip_of(pairs))}
-    if _changes_nothing(model, {modules[name]: clip for name, clip in clips.items()}, batches):
-        return clips
-    return {name: clip for name, clip in clips.items() if _changes_nothing(model, {modules[name]: clip}, batches)}
+    return _harmless(model, modules, clips, [(batch, _outputs(model, batch)) for batch in batches])
 
 
 def _read_outputs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Sequence[Batch]) -> dict[str, list[tuple[Tensor, Tensor]]]:
@@ -120,14 +118,32 @@ def _clip_of(pairs: Sequence[tuple[Tensor, Tensor]]) -> Clip | None:
     return clip if clip else None
 
 
+_Expected = Sequence[tuple[Batch, list[Tensor]]]  # batches, and what the model returns for them
+
+
+def _harmless(model: nn.Module, modules: Mapping[str, nn.Module], clips: Mapping[str, Clip], expected: _Expected) -> dict[str, Clip]:
+    """Those clips with which the model returns the same bits: all at once, or else those of either half."""
+    if not clips or _changes_nothing(model, {modules[name]: clip for name, clip in clips.items()}, expected):
+        return dict(clips)
+    if len(clips) == 1:
+        return {}
+    names, half = list(clips), len(clips) // 2
+    halves = ({name: clips[name] for name in some} for some in (names[:half], names[half:]))
+    return {name: clip for some in halves for name, clip in _harmless(model, modules, some, expected).items()}
+
+
 @torch.no_grad()
-def _changes_nothing(model: nn.Module, clips: Mapping[nn.Module, Clip], batches: Sequence[Batch]) -> bool:
+def _outputs(model: nn.Module, batch: Batch) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors(call(model, batch))]
+
+
+@torch.no_grad()
+def _changes_nothing(model: nn.Module, clips: Mapping[nn.Module, Clip], expected: _Expected) -> bool:
     """Whether the model returns the same bits when layers' outputs are clipped."""
-    for batch in batches:
-        expected = [tensor.clone() for tensor in tensors(call(model, batch))]
+    for batch, outputs in expected:
         with _hooked({module: _clipping(clip) for module, clip in clips.items()}):
             given = list(tensors(call(model, batch)))
-        if len(expected) != len(given) or not all(torch.equal(a, b) for a, b in zip(expected, given, strict=True)):
+        if len(outputs) != len(given) or not all(torch.equal(a, b) for a, b in zip(outputs, given, strict=True)):
             return False
     return True
 

@@ -41,6 +41,7 @@ from subbyte.errors import naming_layer
 from subbyte.model.batches import Batch
 from subbyte.model.lockstep import Forward, Lockstep
 from subbyte.model.padding import real_rows
+from subbyte.model.pieces import pieces
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
@@ -141,8 +142,15 @@ class ChannelStatistics:
             nothing = torch.zeros(channels, dtype=torch.float64, device=outputs.device)
             return cls(0, nothing, nothing)
         others = [dimension for dimension in range(outputs.dim()) if dimension != channel_dimension % outputs.dim()]
-        variance, mean = torch.var_mean(outputs, dim=others, correction=0)
-        return cls(outputs.numel() // channels, mean.double(), variance.double())
+        count = outputs.numel() // channels
+        near = outputs.mean(others, keepdim=True)
+        rest, squares = torch.zeros(2, channels, dtype=torch.float64, device=outputs.device)
+        for piece in pieces(outputs):
+            centred = piece - near
+            rest += centred.sum(others)
+            squares += centred.square_().sum(others)
+        rest /= count
+        return cls(count, near.flatten() + rest, (squares / count - rest.square()).clamp(min=0.0))
 
     def __add__(self, other: ChannelStatistics) -> ChannelStatistics:
         """Those of both sets of numbers together.

@@ -79,7 +79,7 @@ class BiasTuning(Refinement):
     loss: OutputLoss = RelativeSquaredError()
     stop_by: OutputLoss = RelativeSquaredError()
     optimizer: Optimizer = Adam()
-    epochs: int = 8
+    epochs: int = 4
     backoff: float = 0.3
     batch_samples: int = 32
     bias_rate: float = 1e-3
@@ -88,7 +88,7 @@ class BiasTuning(Refinement):
     norm_biases: bool = False
     mixing: float = 1.0
     augment: Augmentation | None = None
-    patience: int = 4
+    patience: int = 2
 
     def __post_init__(self) -> None:
         counts, rates = (self.epochs, self.batch_samples, self.patience), (self.bias_rate, self.step_rate, self.layer_share)

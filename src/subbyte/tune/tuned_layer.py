@@ -42,7 +42,10 @@ class TunedLayer:
         if self._start.activation is not None:
             step, zero_point, grid = self._start.activation
             x = soft_quantize(x, step * self.steps[1].exp() if self.steps else step, zero_point.float(), grid)
-        return operator(x, weight, self.bias)
+        y = operator(x, weight, None)  # with the bias it would get a gradient for the weight, which takes as long as that for the input
+        if not operator.multiplies:
+            return y
+        return y + self.bias.view([-1 if d == operator.channel_dimension % y.dim() else 1 for d in range(y.dim())])
 
     @torch.no_grad()
     def state(self) -> QuantizedState:
