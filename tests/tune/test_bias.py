@@ -126,7 +126,7 @@ def test_every_loss_falls_with_every_optimizer(
     models, data = setting
     start = held_out_loss(models, data, loss)
     rate = rate or (1.0 if loss == KLDivergence(4.0) else 3e-2)  # the loss's own scale counts for it
-    BiasTuning(loss=loss, stop_by=loss, optimizer=optimizer, epochs=6, bias_rate=rate).refine_(models, data, ignore)
+    BiasTuning(loss=loss, stop_by=loss, optimizer=optimizer, epochs=6, patience=6, bias_rate=rate).refine_(models, data, ignore)
     assert held_out_loss(models, data, loss) < start
 
 
