@@ -1,8 +1,9 @@
 """Weight-only quantization of causal language models: a GPT-2 and a Llama, trained here in minutes, and how their perplexity rises.
 
 Each is trained on the validation text of WikiText-2 with a tokenizer made from it, calibrated on 256 windows of the same text, without
-labels, and scored on all of the test text. Seed 0 has windows spaced evenly, the others have random ones. *network* has `Networkwise()`
-behind subbyte's default, where weights are in groups; *columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
+labels, and scored on all of the test text: perplexity, and KL divergence from the float model in thousandths of a nat a token. Seed 0 has
+windows spaced evenly, the others have random ones. *network* has `Networkwise()` behind subbyte's default, where weights are in groups;
+*columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
 
     python benchmarks/causal_lm.py train --folder FOLDER                                # once; about 15 minutes on two cores
     python benchmarks/causal_lm.py measure --folder FOLDER --out docs/results/causal_lm.json
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file; rows are added as they are measured, and replace those of the same kind")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    subbyte.keep_freed_memory()
     if options.what == "table":
         print(table(json.loads(options.out.read_text())["rows"]))
         return
@@ -147,6 +149,17 @@ def perplexity(model: torch.nn.Module, parts: Sequence[Any]) -> float:
     return math.exp(total / count)
 
 
+@torch.no_grad()
+def divergence(model: torch.nn.Module, reference: torch.nn.Module, parts: Sequence[Any]) -> float:
+    """KL divergence of the next token from what the float model expects, mean over all windows, in nats."""
+    total, count = 0.0, 0
+    for part in parts:
+        p, q = (one(**part).logits[:, :-1].log_softmax(-1).flatten(0, 1) for one in (reference, model))
+        total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        count += len(p)
+    return total / count
+
+
 def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], names: Sequence[str], seed: int) -> Iterator[dict[str, Any]]:
     """Rows of one model and seed, one after the other."""
     model, tokenizer = open_pretrained(folder), open_tokenizer(folder)
@@ -170,6 +183,7 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
             started = time.perf_counter()
             result = subbyte.quantize(model, calibration, widths=subbyte.Widths(bits, None), recipe=recipes[name], seed=seed)
             row |= {name: round(perplexity(result.model, test), 4), f"{name} seconds": round(time.perf_counter() - started, 1)}
+            row |= {f"{name} kl": round(divergence(result.model, model, test), 6)}
             row |= {"bytes": result.size_bytes, "float bytes": result.float_bytes}
         yield row
 
@@ -177,14 +191,16 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: perplexities, means over seeds, and by how many percent they rise."""
     lines = [
-        "| model | bits | group | seeds | float | subbyte | network | columns | rounding | bytes | float bytes |",
-        "|---" * 11 + "|",
+        "| model | bits | group | seeds | float | subbyte | network | columns | rounding "
+        "| KL: subbyte | columns | rounding | bytes | float bytes |",
+        "|---" * 14 + "|",
     ]
     for model, bits, group in dict.fromkeys((row["model"], row["bits"], row["group"]) for row in rows):
         same = [row for row in rows if (row["model"], row["bits"], row["group"]) == (model, bits, group)]
         rises = [rise(same, name) for name in RECIPES]
         first = same[0]
         cells = [model, bits, group or "channel", len(same), f"{first['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
+        cells += [thousandths(same, name) for name in ("subbyte", "columns", "rounding")]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {first['bytes']:,} | {first['float bytes']:,} |")
     return "\n".join(lines)
 
@@ -196,6 +212,15 @@ def rise(rows: Sequence[dict[str, Any]], name: str) -> str:
         return ""
     mean, seeds = sum(found) / len(found), "" if len(found) == len(rows) else f", {len(found)} seed{'s' * (len(found) > 1)}"
     return f"{mean:.3f} ({100 * (mean / rows[0]['float'] - 1):+.2f} %{seeds})"
+
+
+def thousandths(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """A recipe's KL divergence; empty where no seed has it."""
+    found = [1000 * row[f"{name} kl"] for row in rows if f"{name} kl" in row]
+    if not found:
+        return ""
+    seeds = "" if len(found) == len(rows) else f" ({len(found)} seed{'s' * (len(found) > 1)})"
+    return f"{sum(found) / len(found):.2f}{seeds}"
 
 
 if __name__ == "__main__":
