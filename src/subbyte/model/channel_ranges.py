@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from subbyte.model.batches import Batch, call
 from subbyte.model.channel_flow import Flow, removed
 from subbyte.model.layers import Layer
+from subbyte.model.operator import beside_channels
 from subbyte.model.operators import Linear
 from subbyte.model.padding import real_positions, without_padding
 from subbyte.model.pieces import pieces
@@ -75,9 +76,7 @@ class ChannelRanges:
         return x if x.dim() > 1 else x[None]
 
     def _others(self, name: str, x: Tensor) -> list[int]:
-        """Dimensions of a layer's input or output that count no channels."""
-        channel = self.layers[name].operator.channel_dimension % x.dim()
-        return [dimension for dimension in range(x.dim()) if dimension != channel]
+        return beside_channels(x, self.layers[name].operator.channel_dimension)
 
     def _add_inputs(self, name: str, x: Tensor) -> None:
         """What a layer is fed by one batch: float32, at least two dimensions."""

@@ -123,3 +123,18 @@ class Operator(ABC):
         Returns:
             Float (samples, ...), the weight's shape behind the samples.
         """
+
+
+def beside_channels(x: Tensor, channel_dimension: int) -> list[int]:
+    """Dimensions of a layer's input or output that count no channels.
+
+    Args:
+        x: any dtype, any shape.
+        channel_dimension: where it counts its channels; may be negative.
+
+    Example:
+        >>> import torch
+        >>> beside_channels(torch.zeros(2, 3, 4), 1), beside_channels(torch.zeros(2, 3, 4), -1)
+        ([0, 2], [0, 1])
+    """
+    return [dimension for dimension in range(x.dim()) if dimension != channel_dimension % x.dim()]

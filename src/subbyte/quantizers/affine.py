@@ -124,8 +124,8 @@ class _SoftQuantize(torch.autograd.Function):
         zero = zero_point.round()
         ctx.ends = None
         if not any(ctx.needs_input_grad[1:3]) and scale.dim() == zero.dim() == 0 and x.device.type == "cpu":
-            step, least = float(scale), float(zero)
-            ctx.ends = (grid.lowest - least - 0.5) * step, (grid.highest - least + 0.5) * step
+            step, code_of_zero = float(scale), float(zero)
+            ctx.ends = (grid.lowest - code_of_zero - 0.5) * step, (grid.highest - code_of_zero + 0.5) * step
             ctx.save_for_backward(x)
             return fake_quantize(x, scale, zero, grid)
         rounded = (x / scale).round_().add_(zero)

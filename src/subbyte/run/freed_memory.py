@@ -1,8 +1,9 @@
 """Memory that tensors give back, kept for the next ones.
 
 Calibration makes and drops activations of many megabytes all the time. The C library of Linux (glibc) hands blocks above 32 MiB back to the
-system at once and asks for new ones, which the system clears page by page; where that is slow, as in many virtual machines, a forward pass
-on the CPU takes up to three times as long. PyTorch's manuals recommend another allocator for it, which has to be loaded before the program.
+system at once and asks for new ones, which the system clears page by page; where that is slow, as in some virtual machines, a forward pass
+on the CPU takes more than twice as long (`benchmarks/freed_memory.py`). PyTorch's tuning guide recommends another allocator, jemalloc or
+TCMalloc, which has to be loaded before the program.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NEVER = -1
 def keep_freed_memory() -> bool:
     """Tell this process's C library to keep what is freed, until the process ends. The command line does so; a program of yours may.
 
-    The process then holds as much as it needed at its peak, rather than what it needs at the moment; the peak is about the same.
+    The process then goes on holding what it needed at its peak, rather than what it needs at the moment.
 
     Returns:
         Whether it was done: with glibc it is, elsewhere nothing happens.

@@ -40,6 +40,7 @@ from subbyte.calibrate.rows import spread_mask
 from subbyte.errors import naming_layer
 from subbyte.model.batches import Batch
 from subbyte.model.lockstep import Forward, Lockstep
+from subbyte.model.operator import beside_channels
 from subbyte.model.padding import real_rows
 from subbyte.model.pieces import pieces
 from subbyte.model.quantized_layer import QuantizedState
@@ -141,7 +142,7 @@ class ChannelStatistics:
         if outputs.numel() == 0:
             nothing = torch.zeros(channels, dtype=torch.float64, device=outputs.device)
             return cls(0, nothing, nothing)
-        others = [dimension for dimension in range(outputs.dim()) if dimension != channel_dimension % outputs.dim()]
+        others = beside_channels(outputs, channel_dimension)
         count = outputs.numel() // channels
         near = outputs.mean(others, keepdim=True)
         rest, squares = torch.zeros(2, channels, dtype=torch.float64, device=outputs.device)
