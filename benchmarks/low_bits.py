@@ -76,6 +76,7 @@ def main() -> None:
         print(table(json.loads(options.table.read_text())["rows"]))
         return
     torch.set_num_threads(options.threads)
+    subbyte.keep_freed_memory()
     rows = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
     for network, weight_bits, activation_bits, samples, seeds in ROWS:
         chosen = options.widths in (None, f"{weight_bits},{activation_bits}") and options.samples in (None, samples)
