@@ -12,13 +12,14 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.model.batches import Batch
+from subbyte.model.clipping import Clip
 from subbyte.model.padding import real_positions, without_padding
 from subbyte.model.pieces import pieces
 
@@ -27,7 +28,7 @@ Outputs = Mapping[str, list[Tensor]]
 
 @contextlib.contextmanager
 def layer_outputs(items: Sequence[CalibratedLayer], modules: Sequence[nn.Module]) -> Iterator[Outputs]:
-    """What is read of the layers' outputs while the context lasts.
+    """The layers' outputs while the context lasts, as the layers return them.
 
     Args:
         items: the layers.
@@ -43,10 +44,10 @@ def layer_outputs(items: Sequence[CalibratedLayer], modules: Sequence[nn.Module]
     """
     found: dict[str, list[Tensor]] = defaultdict(list)
 
-    def keep(item: CalibratedLayer):  # type: ignore[no-untyped-def]
-        return lambda module, args, output: found[item.layer.name].append(item.clip(output))
+    def keep(name: str):  # type: ignore[no-untyped-def]
+        return lambda module, args, output: found[name].append(output)
 
-    handles = [module.register_forward_hook(keep(item)) for item, module in zip(items, modules, strict=True)]
+    handles = [module.register_forward_hook(keep(item.layer.name)) for item, module in zip(items, modules, strict=True)]
     try:
         yield found
     finally:
@@ -54,10 +55,11 @@ def layer_outputs(items: Sequence[CalibratedLayer], modules: Sequence[nn.Module]
             handle.remove()
 
 
-def layers_error(wanted: Outputs, given: Outputs, batch: Batch) -> Tensor | None:
-    """Mean over all layers' calls of `relative_error`; padded positions count nowhere.
+def layers_error(items: Sequence[CalibratedLayer], wanted: Outputs, given: Outputs, batch: Batch) -> Tensor | None:
+    """Mean over all layers' calls of `relative_error` of what is read of their outputs; padded positions count nowhere.
 
     Args:
+        items: the layers.
         wanted: what the float model's layers returned.
         given: what the quantized model's did.
         batch: what both were called with.
@@ -66,26 +68,60 @@ def layers_error(wanted: Outputs, given: Outputs, batch: Batch) -> Tensor | None
         float32 (), without unit; None where no layer was called.
     """
     real = real_positions(batch)
-    pairs = [pair for name in wanted for pair in zip(wanted[name], given[name], strict=False)]
-    errors = [relative_error(without_padding(a, real), without_padding(b, real)) for a, b in pairs]
+    errors = []
+    for item in items:
+        for a, b in zip(wanted.get(item.layer.name, ()), given.get(item.layer.name, ()), strict=False):
+            errors.append(relative_error(without_padding(a, real), without_padding(b, real), item.clip))
     return torch.stack(errors).mean() if errors else None
 
 
-def relative_error(reference: Tensor, output: Tensor) -> Tensor:
+def relative_error(reference: Tensor, output: Tensor, clip: Clip | None = None) -> Tensor:
     """Squared error, as a share of the reference's spread over the samples; of a single sample, of its size.
 
     Args:
         reference: float32 (samples, ...).
         output: the same shape.
+        clip: what is read of both; None: everything.
 
     Returns:
-        float32 ().
+        float32 (); has a gradient for `output`.
 
     Example:
         >>> relative_error(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
         tensor(0.5000)
     """
-    centre = reference.mean(dim=0, keepdim=True) if len(reference) > 1 else torch.zeros_like(reference)
-    distances = [F.mse_loss(piece, centre.expand_as(piece), reduction="sum") for piece in pieces(reference)]
-    spread = torch.stack(distances).sum().clamp(min=torch.finfo(torch.float32).tiny)
-    return F.mse_loss(output, reference, reduction="sum") / spread
+    return cast(Tensor, _RelativeError.apply(reference, output, clip or Clip()))  # type: ignore[no-untyped-call]
+
+
+class _RelativeError(torch.autograd.Function):
+    """The equation of `relative_error`, and its gradient, in one pass over pieces that the cache holds."""
+
+    @staticmethod
+    def forward(ctx: Any, reference: Tensor, output: Tensor, clip: Clip) -> Tensor:
+        slope = torch.empty_like(output, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
+        errors, squares = [], []
+        sums = torch.zeros_like(reference[0])
+        for at, (wanted, given) in enumerate(zip(pieces(reference), pieces(output), strict=True)):
+            read = clip(wanted)
+            sums += read.sum(dim=0)
+            squares.append(_square(read))
+            difference = clip(given) - read
+            errors.append(_square(difference))
+            if slope is not None:
+                pieces(slope)[at].copy_(clip.gradient(difference, given))
+        spread = torch.stack(squares).sum()
+        if len(reference) > 1:
+            spread = spread - _square(sums) / len(reference)
+        spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)
+        ctx.save_for_backward(slope, spread)
+        return torch.stack(errors).sum() / spread
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, None]:
+        slope, spread = ctx.saved_tensors
+        return None, slope * (2.0 * gradient / spread), None
+
+
+def _square(x: Tensor) -> Tensor:
+    flat = x.flatten()
+    return torch.dot(flat, flat)

@@ -135,7 +135,7 @@ class _Training:
             outputs = read_outputs(call(self.models.quantized, batch), batch)
         total = torch.stack([relative_error(a, b) for a, b in zip(reference, outputs, strict=True)]).mean()
         share = self.settings.layer_share
-        layers = layers_error(wanted, given, batch) if share else None
+        layers = layers_error(items, wanted, given, batch) if share else None
         return total if layers is None else total + share * layers
 
     @torch.no_grad()
@@ -148,7 +148,7 @@ class _Training:
         for item in items:
             start = solution_of(item)
             seen = outputs.get(item.layer.name)
-            spread = (without_padding(seen[0], real_positions(batch)).std() if seen else start.scale.mean()).expand(start.bias.shape)
+            spread = (item.clip(without_padding(seen[0], real_positions(batch))).std() if seen else start.scale.mean()).expand(start.bias.shape)
             parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers

@@ -47,6 +47,15 @@ class Clip:
         """
         return outputs.clamp(self.low, self.high) if self else outputs
 
+    def gradient(self, gradient: Tensor, outputs: Tensor) -> Tensor:
+        """The gradient for outputs, from that for what is read of them.
+
+        Args:
+            gradient: float32, the shape of `outputs`.
+            outputs: float32, any shape.
+        """
+        return torch.ops.aten.hardtanh_backward(gradient, outputs, self.low, self.high) if self else gradient
+
     def __bool__(self) -> bool:
         """Whether anything is clipped."""
         return self != Clip()

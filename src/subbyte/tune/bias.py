@@ -205,7 +205,7 @@ class _Tuning:
         with layer_outputs(items, [item.quantized for item in items]) as given:
             output = call(self._models.quantized, batch)
         above, below = compare(reference, output, self._settings.loss, batch)
-        total, layers = above / below.clamp(min=torch.finfo(torch.float32).tiny), layers_error(wanted, given, batch)
+        total, layers = above / below.clamp(min=torch.finfo(torch.float32).tiny), layers_error(items, wanted, given, batch)
         return total if layers is None else total + share * layers
 
     def _values(self) -> list[Tensor]:
