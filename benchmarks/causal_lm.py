@@ -2,8 +2,8 @@
 
 Each is trained on the validation text of WikiText-2 with a tokenizer made from it, calibrated on 256 windows of the same text, without
 labels, and scored on all of the test text: perplexity, and KL divergence from the float model in thousandths of a nat a token. Seed 0 has
-windows spaced evenly, the others have random ones. *network* has `Networkwise()` behind subbyte's default, where weights are in groups;
-*columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
+windows spaced evenly, the others have random ones. *subbyte* is `weight_only()`, *layers* the same without its tuning, and *network* has
+`Networkwise()` behind these, where weights are in groups; *columns* is error feedback alone, as GPTQ does it; *rounding* is plain rounding.
 
     python benchmarks/causal_lm.py train --folder FOLDER                                # once; about 15 minutes on two cores
     python benchmarks/causal_lm.py measure --folder FOLDER --out docs/results/causal_lm.json
@@ -34,7 +34,7 @@ from subbyte.tasks.texts import windows
 TOKENS, WORDS = 128, 2048
 KINDS = ("gpt2", "llama")
 ROWS: dict[str, tuple[int, int | None]] = {"4": (4, None), "4,64": (4, 64), "3,64": (3, 64), "2,64": (2, 64)}  # bits, group
-RECIPES = ("subbyte", "network", "columns", "rounding")
+RECIPES = ("subbyte", "layers", "network", "columns", "rounding")
 KEY = ("model", "bits", "group", "seed")
 
 
@@ -171,7 +171,8 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
     reference = perplexity(model, test)
     for bits, group in rows:
         recipes = {
-            "subbyte": subbyte.Recipe(weight_group=group),
+            "subbyte": replace(subbyte.weight_only(), weight_group=group),
+            "layers": subbyte.Recipe(weight_group=group),
             "network": subbyte.Recipe(weight_group=group, refinements=(subbyte.Networkwise(),)),
             "columns": subbyte.Recipe(weight_group=group, solver=subbyte.Lattice.columns()),
             "rounding": replace(subbyte.rounding(), weight_group=group),
@@ -191,15 +192,15 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: perplexities, means over seeds, and by how many percent they rise; KL divergences, in thousandths of a nat."""
     lines = [
-        "| model | bits | group | seeds | float | subbyte | network | columns | rounding | KL: subbyte | columns | bytes | float bytes |",
-        "|---" * 13 + "|",
+        "| model | bits | group | seeds | float | subbyte | layers | network | columns | rounding | KL: subbyte | layers | columns | bytes | float bytes |",
+        "|---" * 15 + "|",
     ]
     for model, bits, group in dict.fromkeys((row["model"], row["bits"], row["group"]) for row in rows):
         same = [row for row in rows if (row["model"], row["bits"], row["group"]) == (model, bits, group)]
         rises = [rise(same, name) for name in RECIPES]
         first = same[0]
         cells = [model, bits, group or "channel", len(same), f"{first['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
-        cells += [thousandths(same, name) for name in ("subbyte", "columns")]
+        cells += [thousandths(same, name) for name in ("subbyte", "layers", "columns")]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {first['bytes']:,} | {first['float bytes']:,} |")
     return "\n".join(lines)
 

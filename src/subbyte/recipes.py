@@ -171,10 +171,12 @@ def thorough() -> Recipe:
 
 
 def weight_only() -> Recipe:
-    """For weights alone: inputs stay in float32 (with fixed widths, give `Widths(bits, None)`).
+    """For weights alone: inputs stay in float32 (with fixed widths, give `Widths(bits, None)`). Where no input is rounded, the steps of
+    weights are tuned with the biases, by what the model returns alone, which holds half of what layers' errors would in memory.
 
     Example:
-        >>> weight_only().choices.activation_bits
-        (None,)
+        >>> weight_only().choices.activation_bits, weight_only().refinements[-1].step_rate
+        ((None,), 0.003)
     """
-    return replace(advanced(), choices=Choices(activation_bits=(None,)))
+    tuning = BiasTuning(bias_rate=3e-3, step_rate=3e-3, layer_share=0.0)
+    return replace(advanced(), choices=Choices(activation_bits=(None,)), refinements=(BatchNormTuning(), tuning))
