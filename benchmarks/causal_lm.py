@@ -35,6 +35,7 @@ TOKENS, WORDS = 128, 2048
 KINDS = ("gpt2", "llama")
 ROWS: dict[str, tuple[int, int | None]] = {"4": (4, None), "4,64": (4, 64), "3,64": (3, 64), "2,64": (2, 64)}  # bits, group
 RECIPES = ("subbyte", "layers", "network", "columns", "rounding")
+NEAR = ("subbyte", "layers", "columns")  # whose distance from the float model the table shows
 KEY = ("model", "bits", "group", "seed")
 
 
@@ -191,16 +192,14 @@ def measured(folder: Path, data: Path, rows: Sequence[tuple[int, int | None]], n
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: perplexities, means over seeds, and by how many percent they rise; KL divergences, in thousandths of a nat."""
-    lines = [
-        "| model | bits | group | seeds | float | subbyte | layers | network | columns | rounding | KL: subbyte | layers | columns | bytes | float bytes |",
-        "|---" * 15 + "|",
-    ]
+    head = ["model", "bits", "group", "seeds", "float", *RECIPES, *(f"KL: {name}" for name in NEAR), "bytes", "float bytes"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for model, bits, group in dict.fromkeys((row["model"], row["bits"], row["group"]) for row in rows):
         same = [row for row in rows if (row["model"], row["bits"], row["group"]) == (model, bits, group)]
         rises = [rise(same, name) for name in RECIPES]
         first = same[0]
         cells = [model, bits, group or "channel", len(same), f"{first['float']:.3f}", rises[0] and f"**{rises[0]}**", *rises[1:]]
-        cells += [thousandths(same, name) for name in ("subbyte", "layers", "columns")]
+        cells += [thousandths(same, name) for name in NEAR]
         lines.append("| " + " | ".join(map(str, cells)) + f" | {first['bytes']:,} | {first['float bytes']:,} |")
     return "\n".join(lines)
 
