@@ -482,6 +482,21 @@ def _accept_ctrl_c() -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
+def test_ctrl_c_while_the_library_is_imported_prints_no_traceback() -> None:
+    slow = (
+        "import sys, time, types; torch = types.ModuleType('torch'); torch.__getattr__ = lambda name: (print('importing'), time.sleep(60))"
+    )
+    program = [sys.executable, "-uc", f"{slow}; sys.modules['torch'] = torch; import subbyte_program; subbyte_program.main()"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(program, **pipes, text=True, preexec_fn=_accept_ctrl_c) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=20) == -signal.SIGINT
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     (folder / "slow.py").write_text(
         "import time\nimport torch\nfrom torch import nn\n\n\nclass Slow(nn.Sequential):\n    def forward(self, x):\n"
@@ -490,7 +505,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     )
     np.save(folder / "slow.npy", np.random.default_rng(0).normal(size=(64, 4)).astype("f4"))
     before = names(folder)
-    program = [sys.executable, "-c", "from subbyte.cli import main; main()"]
+    program = [sys.executable, "-m", "subbyte_program"]
     arguments = "quantize --model slow.py:build --data slow.npy --batch-size 8 --threads 1 --out a.st".split()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([*program, *arguments], **pipes, text=True, preexec_fn=_accept_ctrl_c) as process:
