@@ -501,7 +501,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     (folder / "slow.py").write_text(
         "import time\nimport torch\nfrom torch import nn\n\n\nclass Slow(nn.Sequential):\n    def forward(self, x):\n"
         "        for layer in self:\n            time.sleep(0.01)\n            x = layer(x)\n        return x\n\n\n"
-        "def build():\n    return Slow(*(nn.Linear(4, 4) for _ in range(50)))\n"
+        "def build():\n    return Slow(*(nn.Linear(4, 4) for _ in range(20)))\n"
     )
     np.save(folder / "slow.npy", np.random.default_rng(0).normal(size=(64, 4)).astype("f4"))
     before = names(folder)
@@ -511,7 +511,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     with subprocess.Popen([*program, *arguments], **pipes, text=True, preexec_fn=_accept_ctrl_c) as process:
         assert process.stderr is not None and process.stdout is not None
         for line in process.stderr:
-            if line.startswith("calibrate 2/50"):
+            if line.startswith("calibrate 2/20"):
                 break
         sent = time.monotonic()
         process.send_signal(signal.SIGINT)

@@ -115,6 +115,24 @@ def test_fake_quantize_is_the_equations_to_the_bit(x: Tensor, interval: tuple[Te
         assert torch.equal(values, before)
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (2**18 + 5,), (5, 2**17), (0, 4)])
+def test_fake_quantize_of_any_size_is_the_equations_to_the_bit(shape: tuple[int, ...]) -> None:
+    x, scale, zero_point, grid = torch.randn(shape), torch.tensor(0.02), torch.tensor(100, dtype=torch.int32), Grid(8)
+    for values in (x, x.T if x.dim() == 2 else x, x.expand(2, *shape)):
+        expected = dequantize(quantize(values, scale, zero_point, grid), scale, zero_point)
+        assert torch.equal(fake_quantize(values, scale, zero_point, grid), expected)
+
+
+def test_fake_quantize_can_be_exported_with_any_batch() -> None:
+    class Rounding(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return fake_quantize(x, torch.tensor(0.5), torch.tensor(2, dtype=torch.int32), Grid(3))
+
+    program = torch.export.export(Rounding(), (torch.randn(4, 2**17),), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    x = torch.randn(7, 2**17)
+    assert torch.equal(program.module()(x), Rounding()(x))
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_an_empty_range_keeps_zero(symmetric: bool) -> None:
     grid = Grid(4, symmetric=symmetric)

@@ -29,8 +29,8 @@ from subbyte.calibrate.loss import OutputLoss
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, sample_count
 from subbyte.model.padding import read_outputs
-from subbyte.model.pieces import pieces
 from subbyte.quantizers.affine import fake_quantize
+from subbyte.quantizers.pieces import pieces
 
 GRADIENT_POSITIONS = 50  # writing and reading a sample's gradient for the weight takes as long as a forward of so many positions
 MOST_GRADIENTS = 2**24  # numbers of the samples' gradients for a weight that are held at once

@@ -21,7 +21,7 @@ from subbyte.calibrate.models import CalibratedLayer
 from subbyte.model.batches import Batch
 from subbyte.model.clipping import Clip
 from subbyte.model.padding import real_positions, without_padding
-from subbyte.model.pieces import pieces
+from subbyte.quantizers.pieces import pieces
 
 Outputs = Mapping[str, list[Tensor]]
 

@@ -14,8 +14,8 @@ from subbyte.model.layers import Layer
 from subbyte.model.operator import beside_channels
 from subbyte.model.operators import Linear
 from subbyte.model.padding import real_positions, without_padding
-from subbyte.model.pieces import pieces
 from subbyte.quantizers.granularity import column_groups
+from subbyte.quantizers.pieces import pieces
 
 POWER = 8  # of the mean that stands for a channel's range: near the largest value, and no single one decides
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.pieces import pieces
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
@@ -79,8 +80,19 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
         tensor([-1.0000,  0.5000,  2.5000])
     """
     zero = zero_point.to(x.dtype)
-    # numbers as ends of the clip: with tensors it takes three times as long
-    return (x / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest).sub_(zero).mul_(scale)
+    if not _plain(x):
+        # numbers as ends of the clip: with tensors it takes three times as long
+        return (x / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest).sub_(zero).mul_(scale)
+    result, code_of_zero = torch.empty_like(x), float(zero)
+    for numbers, out in zip(pieces(x), pieces(result), strict=True):
+        torch.div(numbers, scale, out=out).round_().clamp_(grid.lowest - code_of_zero, grid.highest - code_of_zero).mul_(scale)
+    return result
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether a tensor is on the CPU, is neither traced nor wants a gradient, and may be worked on in pieces."""
+    traced = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not traced and x.device.type == "cpu" and x.dim() > 0 and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def soft_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:

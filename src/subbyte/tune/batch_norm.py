@@ -42,8 +42,8 @@ from subbyte.model.batches import Batch
 from subbyte.model.lockstep import Forward, Lockstep
 from subbyte.model.operator import beside_channels
 from subbyte.model.padding import real_rows
-from subbyte.model.pieces import pieces
 from subbyte.model.quantized_layer import QuantizedState
+from subbyte.quantizers.pieces import pieces
 from subbyte.run.events import Observer, StageFinished, StageStarted
 
 RELATIVE_EPSILON = 1e-5  # of the mean variance of a layer's channels: what a batch norm's eps is where there was none
