@@ -84,7 +84,8 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
         # numbers as ends of the clip: with tensors it takes three times as long
         return (x / scale).round_().add_(zero).clamp_(grid.lowest, grid.highest).sub_(zero).mul_(scale)
     result, code_of_zero = torch.empty_like(x), float(zero)
-    for numbers, out in zip(pieces(x), pieces(result), strict=True):
+    both = (x.view(-1), result.view(-1)) if x.is_contiguous() else (x, result)
+    for numbers, out in zip(*map(pieces, both), strict=True):
         torch.div(numbers, scale, out=out).round_().clamp_(grid.lowest - code_of_zero, grid.highest - code_of_zero).mul_(scale)
     return result
 
@@ -92,7 +93,7 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> T
 def _plain(x: Tensor) -> bool:
     """Whether a tensor is on the CPU, is neither traced nor wants a gradient, and may be worked on in pieces."""
     traced = type(x) is not Tensor or torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return not traced and x.device.type == "cpu" and x.dim() > 0 and not (x.requires_grad and torch.is_grad_enabled())
+    return not traced and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
 
 
 def soft_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
