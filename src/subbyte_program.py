@@ -9,12 +9,13 @@ def main() -> None:
     Raises:
         SystemExit: see `subbyte.cli.main`.
     """
-    handler = signal.getsignal(signal.SIGINT)
-    if handler is signal.default_int_handler:  # not where a shell has the signal ignored
+    interruptible = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # not where a shell has the signal ignored
+    if interruptible:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from subbyte.cli import main as run
 
-    signal.signal(signal.SIGINT, handler)
+    if interruptible:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run()
 
 

@@ -10,6 +10,7 @@ Source:
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -23,6 +24,7 @@ from subbyte.model.clipping import Clip
 from subbyte.model.padding import real_positions, without_padding
 from subbyte.quantizers.pieces import pieces
 
+LEAST_SPREAD = 1e-3  # of the reference's size: what every sample shares, as a learned query, would otherwise outweigh all other layers
 Outputs = Mapping[str, list[Tensor]]
 
 
@@ -78,13 +80,15 @@ def layers_error(items: Sequence[CalibratedLayer], wanted: Outputs, given: Outpu
 def relative_error(reference: Tensor, output: Tensor, clip: Clip | None = None) -> Tensor:
     """Squared error, as a share of the reference's spread over the samples; of a single sample, of its size.
 
+        e = ||c(y) - c(y^)||^2 / max(||c(y) - mean c(y)||^2, LEAST_SPREAD ||c(y)||^2)        c: what is read; the mean over samples
+
     Args:
-        reference: float32 (samples, ...).
-        output: the same shape.
-        clip: what is read of both; None: everything.
+        reference: `y`, float32 (samples, ...).
+        output: `y^`, the same shape.
+        clip: `c`, what is read of both; None: everything.
 
     Returns:
-        float32 (); has a gradient for `output`.
+        float32 (), without unit; has a gradient for `output`, once.
 
     Example:
         >>> relative_error(torch.tensor([[0.0], [2.0]]), torch.tensor([[1.0], [2.0]]))
@@ -94,24 +98,29 @@ def relative_error(reference: Tensor, output: Tensor, clip: Clip | None = None) 
 
 
 class _RelativeError(torch.autograd.Function):
-    """The equation of `relative_error`, and its gradient, in one pass over pieces that the cache holds."""
+    """The equation of `relative_error` and its gradient, in one pass over pieces that the cache holds.
+
+    With `m` 1 where `y^` is read and 0 where it is clipped, and `S` the denominator, which has no gradient:
+
+        de / dy^ = 2 m (c(y^) - c(y)) / S
+    """
 
     @staticmethod
     def forward(ctx: Any, reference: Tensor, output: Tensor, clip: Clip) -> Tensor:
-        slope = torch.empty_like(output, memory_format=torch.contiguous_format) if ctx.needs_input_grad[1] else None
-        errors, squares = [], []
-        sums = torch.zeros_like(reference[0])
-        for at, (wanted, given) in enumerate(zip(pieces(reference), pieces(output), strict=True)):
+        slope = torch.empty_like(output) if ctx.needs_input_grad[1] else None
+        slopes = itertools.repeat(None) if slope is None else pieces(slope)
+        errors, squares, sums = [], [], reference.new_zeros(reference.shape[1:])
+        for wanted, given, kept in zip(pieces(reference), pieces(output), slopes, strict=False):
             read = clip(wanted)
+            difference = clip(given) - read
             sums += read.sum(dim=0)
             squares.append(_square(read))
-            difference = clip(given) - read
             errors.append(_square(difference))
-            if slope is not None:
-                pieces(slope)[at].copy_(clip.gradient(difference, given))
-        spread = torch.stack(squares).sum()
+            if kept is not None:
+                kept.copy_(clip.gradient(difference, given))
+        size = spread = torch.stack(squares).sum()
         if len(reference) > 1:
-            spread = spread - _square(sums) / len(reference)
+            spread = torch.maximum(size - _square(sums) / len(reference), LEAST_SPREAD * size)
         spread = spread.clamp(min=torch.finfo(spread.dtype).tiny)
         ctx.save_for_backward(slope, spread)
         return torch.stack(errors).sum() / spread

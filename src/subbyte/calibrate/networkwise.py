@@ -148,8 +148,8 @@ class _Training:
         for item in items:
             start = solution_of(item)
             seen = outputs.get(item.layer.name)
-            read = item.clip(without_padding(seen[0], real_positions(batch))) if seen else start.scale
-            spread = (read.std() if seen else read.mean()).expand(start.bias.shape)
-            parameters = JointParameters(start, start.weight(), spread, item.weight_grid, item.activation_grid, relative=True)
+            spread = item.clip(without_padding(seen[0], real_positions(batch))).std() if seen else start.scale.mean()
+            spreads = spread.expand(start.bias.shape)
+            parameters = JointParameters(start, start.weight(), spreads, item.weight_grid, item.activation_grid, relative=True)
             layers.append(TrainableLayer(item, parameters))
         return layers
