@@ -47,6 +47,22 @@ class ResidualNet(nn.Module):
         return {"logits": self.head(features), "features": features}
 
 
+class LearnedQueries(nn.Module):
+    """A layer that is fed a view of a parameter, the same for all samples; attention to the input; an activation in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.act = nn.Conv1d(3, 8, 3, padding=1), nn.SiLU(inplace=True)
+        self.queries = nn.Parameter(torch.randn(4, 8))
+        self.q, self.k, self.v, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = self.act(self.stem(x)).transpose(1, 2)
+        q = self.q(self.queries.expand(x.shape[0], -1, -1))
+        read = (q @ self.k(seen).transpose(1, 2)).softmax(dim=-1) @ self.v(seen)
+        return self.head(read.mean(dim=1))
+
+
 def depthwise() -> nn.Module:
     def block(inputs: int, outputs: int, stride: int) -> list[nn.Module]:
         depth = nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False)
@@ -161,6 +177,7 @@ CASES: dict[str, Case] = {
     "one-dimensional": Case(one_dimensional, lambda: torch.randn(40, 3, 12), ("0", "3", "5", "7")),
     "three-dimensional": Case(three_dimensional, lambda: torch.randn(24, 1, 4, 4, 4), ("0", "3", "6")),
     "mixer": Case(Mixer, lambda: torch.randn(40, 5, 8), MIXER, ("Mixer", "ln1", "ln2")),
+    "learned queries": Case(LearnedQueries, lambda: torch.randn(40, 3, 6), ("stem", "q", "k", "v", "head"), ("LearnedQueries",)),
     "twice": Case(Twice, lambda: torch.randn(64, 6), ("first", "step", "head")),
     "experts": Case(
         Experts,
@@ -244,6 +261,15 @@ def test_every_network_is_quantized(case: Case, recipe: Recipe, bits: tuple[int,
     assert size == (tmp_path / "packed").stat().st_size == result.size_bytes
     fresh = subbyte.load(tmp_path / "packed", into=case.build())
     assert all(torch.equal(a, b) for a, b in zip(outputs(fresh, batch), found, strict=True))
+
+
+def test_learned_queries_are_refined_and_get_widths_within_a_budget() -> None:
+    model, data = built(CASES["learned queries"])
+    refinements = (subbyte.BiasTuning(epochs=2), subbyte.Blockwise(iterations=20), subbyte.Networkwise(iterations=20))
+    result = subbyte.quantize(model, data, budget=subbyte.Budget(average_bits=4.0), recipe=Recipe(refinements=refinements))
+    assert not any("nan" in note or "nothing done" in note for report in result.refinements for note in report.notes)
+    assert all(math.isfinite(report.loss) for report in result.refinements)
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
 def test_every_module_that_is_returned_is_in_evaluation_mode(tmp_path: Path) -> None:

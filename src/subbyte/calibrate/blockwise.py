@@ -117,9 +117,9 @@ class RefinedBlock:
 
     def __str__(self) -> str:
         if self.note:
-            return f"{self.name}: left as it was, {self.note}"
+            return f"{self.name or 'the whole model'}: left as it was, {self.note}"
         found = f"{self.start_error:.3g} -> {self.error:.3g}" if self.kept else f"{self.start_error:.3g}, nothing better found"
-        return f"{self.name} ({len(self.layers)} layers): {found}"
+        return f"{self.name or 'the whole model'} ({len(self.layers)} layers): {found}"
 
 
 def refine_blocks_(models: Models, data: CalibrationSet, settings: Blockwise, observer: Observer) -> tuple[RefinedBlock, ...]:

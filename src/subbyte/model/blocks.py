@@ -38,14 +38,14 @@ class Arguments:
 
     @classmethod
     def of(cls, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-        """What a lockstep keeps of a call.
+        """What a lockstep keeps of a call, without gradients (see `layers.layer_input`).
 
         Args:
             name: of the module.
             args: positional arguments of the call.
             kwargs: keyword arguments of the call.
         """
-        return cls(args, kwargs)
+        return cls(*map_tensors((args, kwargs), torch.Tensor.detach))
 
     def copied(self) -> Arguments:
         """The same with tensors of their own, for a model that works in place."""

@@ -273,7 +273,8 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
         kwargs: keyword arguments of the call.
 
     Returns:
-        float32, or the integers that something is looked up by, the shape that the layer was given.
+        float32, or the integers that something is looked up by, the shape that the layer was given. It wants no gradient: what the model
+        hands on may be a view of a parameter, a learned query for example, and such views want one even where none is taken.
 
     Raises:
         LayerError: if the call passes anything but one tensor, of integers or of finite float32 numbers.
@@ -281,12 +282,12 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
     given = [*args, *kwargs.values()]
     if len(given) != 1 or not isinstance(given[0], Tensor):
         raise LayerError(name, f"is called with {describe(given)}, only one input tensor is supported; exclude the layer to go on")
-    x = given[0]
+    x = given[0].detach()
     if x.dtype in (torch.int64, torch.int32):
         return x
     if x.dtype != torch.float32:
         raise LayerError(name, f"receives {describe(x)}, only float32 is supported; switch autocast off or exclude the layer")
-    if not math.isfinite(float(x.detach().sum())) and not bool(torch.isfinite(x).all()):
+    if not math.isfinite(float(x.sum())) and not bool(torch.isfinite(x).all()):
         raise LayerError(name, f"receives NaN or infinite numbers, input {describe(x)}; check the model and the calibration data")
     return x
 
