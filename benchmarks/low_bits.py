@@ -40,6 +40,7 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
     "batch norms": subbyte.Recipe(refinements=(subbyte.BatchNormTuning(),)),
     "batch norms, network": subbyte.Recipe(refinements=(subbyte.BatchNormTuning(), subbyte.Networkwise())),
+    "advanced": subbyte.advanced(),
     "hybrid": subbyte.thorough(),
     "hybrid, flipped": replace(subbyte.thorough(), refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
 }

@@ -41,6 +41,7 @@ from subbyte.run.events import ignore
 from subbyte.tasks import TASKS, Task, kl_divergence
 from subbyte.widths import Option
 
+FISHER = Fisher(draws=2)
 Array = npt.NDArray[np.float64]
 Allocated = dict[str, Option]
 
@@ -111,10 +112,10 @@ def searched(plan: Plan, layers: list[LayerOptions], result: subbyte.Result, sta
     blocks, below = [], 0.0
     for index, batch in enumerate(result.calibration.batches):
         generator = torch.Generator().manual_seed(index)
-        changes, denominator = Fisher().changes(result.original, layers, batch, Recipe().loss, generator)
+        changes, denominator = FISHER.changes(result.original, layers, batch, Recipe().loss, generator)
         blocks.append(torch.cat([change.transpose(1, 2).flatten(0, 1) for change in changes.values()], dim=1).numpy())
         below += denominator
-    s = np.concatenate(blocks) / np.sqrt(below * Fisher().draws)  # (draws and samples, layers and options)
+    s = np.concatenate(blocks) / np.sqrt(below * FISHER.draws)  # (draws and samples, layers and options)
     names, sizes = [layer.item.layer.name for layer in layers], plan.market.costs.layers
     rows = [list(layer.states) for layer in layers]
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])

@@ -267,7 +267,7 @@ def test_steps_are_tried_on_both_sides_and_a_zero_point_at_an_end_stays() -> Non
     ids=str,
 )
 def test_impossible_settings_are_refused(wrong: dict[str, object]) -> None:
-    with pytest.raises(OptionError, match="positive ridges, step_ratios and search_paths"):
+    with pytest.raises(OptionError, match="positive ridges, ratios and search_paths"):
         Lattice(**wrong)  # type: ignore[arg-type]
 
 

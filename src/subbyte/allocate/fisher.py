@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from subbyte.quantizers.affine import fake_quantize
 from subbyte.quantizers.pieces import pieces
 
 GRADIENT_POSITIONS = 50  # writing and reading a sample's gradient for the weight takes as long as a forward of so many positions
+LEAST_PROBES = 256  # more hardly change what the integer programme chooses (studies/draws.py)
 MOST_GRADIENTS = 2**24  # numbers of the samples' gradients for a weight that are held at once
 NO_GRADIENT = "gets no gradient from the model's output; use the sensitivity method Measured(), or exclude the layer"
 
@@ -42,7 +43,8 @@ class Fisher(SensitivityMethod):
     """Second-order sensitivities by random probes of the output.
 
     Args:
-        draws: probes of every sample; more make the table less random.
+        draws: probes of every sample, at least; more make the table less random. A calibration set of less than 256 samples gets as many
+            as there are 256 probes in all.
 
     Raises:
         OptionError: if there is no draw.
@@ -52,15 +54,23 @@ class Fisher(SensitivityMethod):
         arXiv 2210.08502), BRECQ (Li et al. 2021, arXiv 2102.05426). Here per sample, and on reconstructed layers.
 
     Example:
-        >>> Fisher(draws=1).name
-        'Fisher'
+        >>> Fisher().suited_to(samples=100)
+        Fisher(draws=3)
     """
 
-    draws: int = 2
+    draws: int = 1
 
     def __post_init__(self) -> None:
         if self.draws < 1:
             raise OptionError(f"Fisher needs at least one draw, not {self.draws}")
+
+    def suited_to(self, samples: int) -> Fisher:
+        """See `SensitivityMethod`.
+
+        Args:
+            samples: in the calibration set.
+        """
+        return replace(self, draws=max(self.draws, -(-LEAST_PROBES // samples)))
 
     def share(
         self, model: nn.Module, layers: Sequence[LayerOptions], batch: Batch, loss: OutputLoss, generator: torch.Generator

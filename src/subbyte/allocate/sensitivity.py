@@ -166,6 +166,14 @@ class SensitivityMethod(ABC):
         """What a receipt calls this method."""
         return type(self).__name__
 
+    def suited_to(self, samples: int) -> SensitivityMethod:
+        """The method as it is to measure on a calibration set: with more chance averaged out, say, where samples are few.
+
+        Args:
+            samples: in the set.
+        """
+        return self
+
     def parts(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         """What `share` is called with, one after the other; their shares add up to the table.
 
@@ -230,7 +238,7 @@ def sensitivity_of(
         LayerError: if a sensitivity is NaN.
     """
     started = time.perf_counter()
-    method, loss = asked
+    method, loss = asked[0].suited_to(sum(map(len, data.held_out))), asked[1]
     layers = [
         LayerOptions(item, {o: state_of(at_option(item, o), judged.solution) for o, judged in solved[item.layer.name].items()})
         for item in models.layers

@@ -10,7 +10,7 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` (or on
     (w* - s v)^T H (w* - s v)
 
 1. the step and zero-point, of each output channel or of each of its column groups: the best of many clippings, weighted by `diag H`, and
-   a few around it, the same multiples in all groups of a channel;
+   some around it, the same multiples in all groups of a channel;
 2. for each of them column by column with error feedback through the Cholesky factor of `H^-1`, largest `H_jj` first; every output channel
    keeps the step and zero-point with the lowest objective;
 3. coordinate descent: in every output channel the one code moves whose move lowers the objective most, until none does;
@@ -18,13 +18,15 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` (or on
 5. the input's step is searched again, now against the quantized weight, while the error on held-out rows falls;
 6. where a ReLU or the like follows, 3 and 4 again for targets that ask nothing of outputs that it clips, while the held-out error falls.
 
-With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always.
+With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always, for
+many more steps. How far the best of these is from where `diag H` puts it, the few weights do not average out.
 
 The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; `calibrate.ridge` says how it is chosen.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,6 +44,8 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
+
+LEAST_GAIN = 0.01  # in the error of some rows, by which another step of the input has to be better to be tried
 FINE_BITS = 6  # weights with as many bits may take a larger ridge
 
 
@@ -63,6 +67,7 @@ class Lattice(Solver):
         activation_rounds: how often step 5 is tried, at most.
         clip_rounds: how often step 6 is tried, at most.
         searched_unknowns: layers with no more weights in an output channel are searched for the very closest point.
+        searched_ratios: steps to start from there, in place of `step_ratios`.
         search_paths: partial codes that such a search keeps.
 
     Raises:
@@ -88,14 +93,15 @@ class Lattice(Solver):
     activation_rounds: int = 2
     clip_rounds: int = 0
     searched_unknowns: int = 16
-    search_paths: int = 32
+    searched_ratios: tuple[float, ...] = tuple(2 ** (k / 10) for k in range(-10, 11))
+    search_paths: int = 8
 
     def __post_init__(self) -> None:
-        numbers = (*self.ridges, *self.fine_ridges, *self.step_ratios, *self.shifted_ratios)
+        numbers = (*self.ridges, *self.fine_ridges, *self.step_ratios, *self.searched_ratios, *self.shifted_ratios)
         positive = all(number > 0 for number in numbers)
         counts = self.search_paths >= 1 and min(self.rounds, self.activation_rounds, self.clip_rounds, self.searched_unknowns) >= 0
-        if not self.ridges or not self.step_ratios or not positive or not counts:
-            wanted = "positive ridges, step_ratios and search_paths and no negative count"
+        if not self.ridges or not self.step_ratios or not self.searched_ratios or not positive or not counts:
+            wanted = "positive ridges, ratios and search_paths and no negative count"
             raise OptionError(f"Lattice needs {wanted}, not {self}")
 
     @classmethod
@@ -126,7 +132,7 @@ class Lattice(Solver):
         if problem.unknowns > self.most_unknowns:
             rounded = RoundToNearest(self.weight_range, self.activation_range).solve(problem, generator)
             return replace(rounded, solver=f"{rounded.solver} ({problem.unknowns} unknowns are too many for {self.name})")
-        activation = starting_activation(problem, self.activation_range)
+        activation = self._starting_activation(problem)
         best = self._from_scratch(problem, activation)
         error = relative_error(problem, best, problem.held_out)
         improve = [self._with_better_activation] * (self.activation_rounds if activation is not None else 0)
@@ -143,6 +149,21 @@ class Lattice(Solver):
                 stuck = step
         return best
 
+    def _starting_activation(self, problem: LayerProblem) -> tuple[Tensor, Tensor] | None:
+        """The best of the range for the trained weights, and of what is near it where the input's step is searched at all: the better it
+        suits these, the fewer grids of the weights ask for another, which needs moments of its own."""
+        coarse, grid = starting_activation(problem, self.activation_range), problem.activation_grid
+        if coarse is None or grid is None or not self.activation_rounds:
+            return coarse
+        key = (grid, self.activation_range)
+        return problem.once("nearby activation", key, lambda: self._near(problem, coarse, grid))
+
+    @staticmethod
+    def _near(problem: LayerProblem, activation: tuple[Tensor, Tensor], grid: Grid) -> tuple[Tensor, Tensor]:
+        for nearby in (nearby_steps, nearby_zero_points):
+            activation = least_output_error(problem.fit.inputs, None, problem.weight, nearby(activation, grid.highest), grid)
+        return activation
+
     def _from_scratch(self, problem: LayerProblem, activation: tuple[Tensor, Tensor] | None) -> LayerSolution:
         """Steps 1 to 4 for a fixed grid of the input."""
         step = None if activation is None else (float(activation[0]), int(activation[1]))
@@ -152,9 +173,10 @@ class Lattice(Solver):
         _, hessian, optimum = normal
         grid, diagonal = problem.weight_grid, hessian.diagonal(dim1=1, dim2=2)
         scale, zero = weight_step(optimum.float(), diagonal.float(), grid, self.weight_range)
-        most = max(1, CHUNK_NUMBERS // (optimum.shape[2] * len(self._starts(grid))))
+        around = self._starts(grid, problem.unknowns)
+        most = max(1, CHUNK_NUMBERS // (optimum.shape[2] * len(around)))
         parts = zip(*(value.split(most, dim=1) for value in (optimum, scale, zero)), strict=True)  # output channels are independent
-        starts = [self._best_start(w, hessian, s, z, grid) for w, s, z in parts]
+        starts = [self._best_start(w, hessian, s, z, grid, around) for w, s, z in parts]
         scale, zero, levels = (torch.cat(values, dim=1) for values in zip(*starts, strict=True))
         return self._descended(problem, normal, (scale, zero, levels), activation)
 
@@ -178,7 +200,7 @@ class Lattice(Solver):
         activation, fit, weight = best.activation, problem.fit, best.weight()
         for nearby in (nearby_steps, nearby_zero_points):
             candidates = nearby(activation, problem.activation_grid.highest)
-            activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid)
+            activation = least_output_error(fit.inputs, fit.targets, weight, candidates, problem.activation_grid, LEAST_GAIN)
         return best if activation is best.activation else self._from(replace(best, activation=activation), problem)
 
     def _for_what_is_read(self, problem: LayerProblem, best: LayerSolution) -> LayerSolution:
@@ -219,15 +241,16 @@ class Lattice(Solver):
         codes = (levels + zeros).to(torch.int16)
         return LayerSolution(codes, scale, zero, bias, activation, self.name, group)
 
-    def _starts(self, grid: Grid) -> list[tuple[float, int]]:
+    def _starts(self, grid: Grid, unknowns: int) -> list[tuple[float, int]]:
         """Step 1's neighbours: factors of the step, and what is added to the zero-point."""
-        starts = [(ratio, 0) for ratio in self.step_ratios]
+        starts = [(ratio, 0) for ratio in (self.searched_ratios if unknowns <= self.searched_unknowns else self.step_ratios)]
         return starts if grid.symmetric else starts + [(ratio, shift) for shift in (-1, 1) for ratio in self.shifted_ratios]
 
-    def _best_start(self, optimum: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    def _best_start(
+        self, optimum: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, grid: Grid, starts: Sequence[tuple[float, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Step 2 for several steps and zero-points at once, as if each were further output channels; the best for each channel."""
         groups, outputs, n = optimum.shape
-        starts = self._starts(grid)
         steps = torch.cat([scale * ratio for ratio, _ in starts], dim=1)
         zeros = torch.cat([(zero + shift).clamp(grid.lowest, grid.highest) for _, shift in starts], dim=1)
         low, high = grid.ends(per_weight(zeros, grid.group, n))

@@ -126,7 +126,12 @@ def activation_step(inputs: Tensor, weight: Tensor, grid: Grid, interval: Range)
 
 
 def least_output_error(
-    inputs: Tensor, targets: Tensor | None, weight: Tensor, candidates: list[tuple[Tensor, Tensor]], grid: Grid
+    inputs: Tensor,
+    targets: Tensor | None,
+    weight: Tensor,
+    candidates: list[tuple[Tensor, Tensor]],
+    grid: Grid,
+    least_gain: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The candidate with the least variance of `y - W q(x; s_x, z_x)` over some of the rows.
 
@@ -136,6 +141,7 @@ def least_output_error(
         weight: `W` or its quantized counterpart, float32 (G, O, n).
         candidates: `(s_x, z_x)`, float32 () and int32 () each.
         grid: grid of the input.
+        least_gain: the first candidate stays unless another has an error smaller by more than this share.
 
     Returns:
         One of the candidates.
@@ -154,4 +160,6 @@ def least_output_error(
     for scale, zero_point in candidates:
         error = torch.baddbmm(targets, fake_quantize(inputs, scale, zero_point, grid), weight.mT, alpha=-1)
         costs.append((error - error.mean(dim=1, keepdim=True)).square_().sum())
+    if least_gain:
+        costs[0] = costs[0] * (1.0 - least_gain)
     return candidates[int(torch.stack(costs).argmin())]

@@ -38,7 +38,8 @@ from subbyte.calibrate.models import CalibratedLayer, Models
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import spread_mask
 from subbyte.errors import naming_layer
-from subbyte.model.batches import Batch
+from subbyte.model.batches import Batch, call
+from subbyte.model.layers import layer_input
 from subbyte.model.lockstep import Forward, Lockstep
 from subbyte.model.operator import beside_channels
 from subbyte.model.padding import real_rows
@@ -202,36 +203,64 @@ def re_estimated(state: QuantizedState, found: ChannelStatistics, mean: Tensor, 
 
 def _pass_(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet, reference: Reference) -> None:
     """Forwards in lockstep; a layer is re-estimated as soon as all its calls have been seen."""
-    by_name, count = {item.layer.name: item for item in items}, len(data.batches)
+    by_name = {item.layer.name: item for item in items}
+    wanted = _float_statistics(models, [item for item in items if item.norm is None or reference is Reference.FLOAT_MODEL], data)
     forwards = [Forward(models.quantized, batch, {item.layer.name: item.quantized for item in items}) for batch in data.batches]
-    floats = {item.layer.name: item.original for item in items if item.norm is None or reference is Reference.FLOAT_MODEL}
-    forwards += [Forward(models.original, batch, floats) for batch in data.batches] if floats else []
     seen: dict[str, list[ChannelStatistics]] = defaultdict(list)
-    wanted: dict[str, list[ChannelStatistics]] = defaultdict(list)
     with Lockstep(forwards, list(by_name)) as lockstep:
         for stop in lockstep:
             item, name = by_name[stop.layer], stop.layer
             with naming_layer(name, f"weight {item.layer.weight_shape}"):
                 for index in stop.runs:
-                    module, parts = (item.quantized, seen) if index < count else (item.original, wanted)
-                    parts[name].append(
-                        _statistics(item, module, stop.input(index), (data.batches[index % count], data.held_out[index % count]))
-                    )
+                    x = stop.input(index)
+                    fit = _fit_samples(x, data.held_out[index])
+                    outputs = item.quantized(x if bool(fit.all()) else x[fit])
+                    seen[name].append(_statistics(item, outputs, _real_rows(item, x, data.batches[index]), fit))
                 if item.layer.calls == 1:
                     _re_estimate_(item, seen.pop(name), wanted[name])
     for name, several in seen.items():
         _re_estimate_(by_name[name], several, wanted[name])
 
 
-def _statistics(item: CalibratedLayer, module: nn.Module, x: Tensor, given: tuple[Batch, Tensor]) -> ChannelStatistics:
-    """Of what a layer returns for the samples of an input that are not held out, without padding."""
-    batch, held_out = given
-    fit, operator = ~spread_mask(held_out, x.shape[0]).to(x.device), item.layer.operator
-    real = real_rows(batch, operator.layout(x))
-    outputs = module(x if bool(fit.all()) else x[fit])
-    if real is not None:
-        outputs = outputs.movedim(operator.channel_dimension, -1).flatten(1, -2)[real.to(x.device)[fit]]
-    return ChannelStatistics.of(outputs, -1 if real is not None else operator.channel_dimension)
+def _float_statistics(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSet) -> dict[str, list[ChannelStatistics]]:
+    """What the float model's layers return for the samples that are not held out, by name, in a pass of its own."""
+    found: dict[str, list[ChannelStatistics]] = defaultdict(list)
+
+    def noting(item: CalibratedLayer, batch: Batch, held_out: Tensor):  # type: ignore[no-untyped-def]
+        def note(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], outputs: Tensor) -> None:
+            x = layer_input(item.layer.name, args, kwargs)
+            fit = _fit_samples(x, held_out)
+            chosen = outputs if bool(fit.all()) else outputs[fit]
+            found[item.layer.name].append(_statistics(item, chosen, _real_rows(item, x, batch), fit))
+
+        return note
+
+    for batch, held_out in zip(data.batches, data.held_out, strict=True) if items else ():
+        handles = [item.original.register_forward_hook(noting(item, batch, held_out), with_kwargs=True) for item in items]
+        try:
+            call(models.original, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return found
+
+
+def _fit_samples(x: Tensor, held_out: Tensor) -> Tensor:
+    """Which samples of a layer's input are not held out, bool (samples of the layer,)."""
+    return ~spread_mask(held_out, x.shape[0]).to(x.device)
+
+
+def _real_rows(item: CalibratedLayer, x: Tensor, batch: Batch) -> Tensor | None:
+    """Which rows of a layer's output are no padding, bool (samples of the layer, positions of each); None where all are."""
+    return real_rows(batch, item.layer.operator.layout(x))
+
+
+def _statistics(item: CalibratedLayer, outputs: Tensor, real: Tensor | None, fit: Tensor) -> ChannelStatistics:
+    """Of what a layer returned for the samples `fit`, without padding."""
+    channels = item.layer.operator.channel_dimension
+    if real is None:
+        return ChannelStatistics.of(outputs, channels)
+    return ChannelStatistics.of(outputs.movedim(channels, -1).flatten(1, -2)[real.to(outputs.device)[fit]], -1)
 
 
 def _re_estimate_(item: CalibratedLayer, seen: Sequence[ChannelStatistics], floats: Sequence[ChannelStatistics]) -> None:
