@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -17,7 +17,9 @@ from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
 from subbyte.model.batches import as_batches
 from subbyte.model.fold import fold_batch_norms_, norm_outputs
+from subbyte.model.input_factors import exponents_of, put_exponents_
 from subbyte.model.layers import survey
+from subbyte.model.operators import Linear
 from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.model.replace import copy_of
 from subbyte.quantizers.grid import Grid
@@ -41,12 +43,17 @@ def trained(*modules: nn.Module) -> nn.Sequential:
     return model.eval()
 
 
-def rounded(model: nn.Module, data: Tensor | Sequence[Tensor], held_out: Sequence[int] = ()) -> tuple[Models, CalibrationSet]:
-    """The model with plain rounding to 2-bit weights and 3-bit inputs, and its calibration set; `held_out` counts over all samples."""
+def rounded(
+    model: nn.Module, data: Tensor | Sequence[Tensor], held_out: Sequence[int] = (), factors: Mapping[str, Tensor] | None = None
+) -> tuple[Models, CalibrationSet]:
+    """The model with plain rounding to 2-bit weights and 3-bit inputs, and its calibration set; `held_out` counts over all samples.
+    `factors`: exponents of what linear layers multiply their input by, by name."""
     batches = as_batches(data)
     found, _ = survey(model, batches)
     original = copy_of(model)
     folds = fold_batch_norms_(original, found.layers, batches)
+    for name, exponents in (factors or {}).items():
+        put_exponents_(original.get_submodule(name), exponents, Linear())
     options = {layer.name: (2, 3) for layer in found.layers}
     models = prepare(original, found.layers, options, {}, norm_outputs(model, folds), Grid(8, symmetric=True))
     counts = [len(batch) for batch in batches]
@@ -201,6 +208,16 @@ def test_a_layer_that_is_called_twice_is_re_estimated_on_both_calls() -> None:
     last = models.layers[1]  # sees what the shared layer has become
     got = moments(outputs_of(last.quantized, models.quantized, fit_samples(data)), -1)
     torch.testing.assert_close(got, moments(outputs_of(last.original, models.original, fit_samples(data)), -1), rtol=1e-2, atol=1e-3)
+
+
+def test_a_layer_multiplies_its_input_by_its_factors_once() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    models, data = rounded(model, torch.randn(60, 4), factors={"2": torch.tensor([3, -2, 0, 1, -3, 2], dtype=torch.int8)})
+    last = models.layers[1]
+    assert exponents_of(last.quantized) is not None
+    BatchNormTuning(without_batch_norm=True).refine_(models, data, ignore)
+    got = moments(outputs_of(last.quantized, models.quantized, data.batches), -1)
+    torch.testing.assert_close(got, moments(outputs_of(last.original, models.original, data.batches), -1), rtol=1e-2, atol=1e-3)
 
 
 def test_a_model_without_batch_norms_says_so() -> None:

@@ -44,7 +44,6 @@ from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import LeastOutputError, Range
 
 CHUNK_NUMBERS = 1 << 24  # numbers of all starts that are tried at once
-
 LEAST_GAIN = 0.01  # in the error of some rows, by which another step of the input has to be better to be tried
 FINE_BITS = 6  # weights with as many bits may take a larger ridge
 
@@ -68,7 +67,7 @@ class Lattice(Solver):
         clip_rounds: how often step 6 is tried, at most.
         searched_unknowns: layers with no more weights in an output channel are searched for the very closest point.
         searched_ratios: steps to start from there, in place of `step_ratios`.
-        search_paths: partial codes that such a search keeps.
+        search_paths: partial codes that such a search keeps; half as many for each of the steps to start from.
 
     Raises:
         OptionError: if a value is outside its range.
@@ -93,7 +92,7 @@ class Lattice(Solver):
     activation_rounds: int = 2
     clip_rounds: int = 0
     searched_unknowns: int = 16
-    searched_ratios: tuple[float, ...] = tuple(2 ** (k / 10) for k in range(-10, 11))
+    searched_ratios: tuple[float, ...] = tuple(2 ** (k / 15) for k in range(-15, 16))
     search_paths: int = 8
 
     def __post_init__(self) -> None:
@@ -133,8 +132,7 @@ class Lattice(Solver):
             rounded = RoundToNearest(self.weight_range, self.activation_range).solve(problem, generator)
             return replace(rounded, solver=f"{rounded.solver} ({problem.unknowns} unknowns are too many for {self.name})")
         activation = self._starting_activation(problem)
-        best = self._from_scratch(problem, activation)
-        error = relative_error(problem, best, problem.held_out)
+        best, error = self._from_scratch(problem, activation), None
         improve = [self._with_better_activation] * (self.activation_rounds if activation is not None else 0)
         improve += [self._for_what_is_read] * (self.clip_rounds if problem.clip else 0)
         stuck = None
@@ -142,7 +140,11 @@ class Lattice(Solver):
             if step == stuck:
                 continue
             trial = step(problem, best)
-            trial_error = error if trial is best else relative_error(problem, trial, problem.held_out)
+            if trial is best:
+                stuck = step
+                continue
+            error = relative_error(problem, best, problem.held_out) if error is None else error
+            trial_error = relative_error(problem, trial, problem.held_out)
             if trial_error < error:
                 best, error = trial, trial_error
             else:
@@ -226,7 +228,7 @@ class Lattice(Solver):
         zeros, steps = per_weight(zero, group, n), per_weight(scale, group, n)
         low, high = problem.weight_grid.ends(zeros)
         target, h = optimum.float(), hessian.float()
-        for _ in range(self.rounds):
+        for done in range(self.rounds):
             if n <= self.searched_unknowns:
                 found, _ = tree_search(optimum, hessian, steps, low, high, self.search_paths)
                 moved, levels = float((found != levels).float().mean()), found
@@ -234,7 +236,7 @@ class Lattice(Solver):
                 levels, moved = coordinate_descent(levels, target, h, steps, low, high)
             scale = closed_form_step(levels, target, h, scale, group)
             steps = per_weight(scale, group, n)
-            if moved < 1e-3:
+            if done and moved < 1e-3:  # the first round sees the step that its codes were found for
                 break
         weight = levels * steps
         bias = (moments.mean_y - (weight.double() @ moments.mean_x[..., None])[..., 0]).float()
@@ -257,7 +259,7 @@ class Lattice(Solver):
         wide = per_weight(steps, grid.group, n)
         optima = optimum.repeat(1, len(starts), 1)
         if n <= self.searched_unknowns:
-            levels, _ = tree_search(optima, hessian, wide, low, high, self.search_paths)
+            levels, _ = tree_search(optima, hessian, wide, low, high, -(-self.search_paths // 2))
         else:
             levels = error_feedback(optima, hessian, wide, low, high)
         error = optima.float() - levels * wide

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from subbyte.calibrate.problem import LayerProblem
-from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point
+from subbyte.quantizers.affine import fake_quantize, scale_and_zero_point
 from subbyte.quantizers.granularity import column_groups
 from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.ranges import Range
 
 SEARCH_ROWS = 1024
 SEARCH_NUMBERS = 1 << 19
-CANDIDATE_NUMBERS = 1 << 20  # of the weights that are tried at once
+CANDIDATE_NUMBERS = 1 << 18  # of the weights that are tried at once: the cache holds them
 SKETCH_OUTPUTS = 48
 
 
@@ -49,6 +49,14 @@ def weight_step(weight: Tensor, importance: Tensor, grid: Grid, interval: Range)
 
 def _best_candidate(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor, Tensor]:
     """The least cost, and its step and zero-point, (G, O) each."""
+    most = max(1, CANDIDATE_NUMBERS // (weight.shape[0] * weight.shape[2]))
+    parts = [_best_of_few(few, importance, grid, interval) for few in weight.split(most, dim=1)]
+    cost, step, zero = (torch.cat(values, dim=1) for values in zip(*parts, strict=True))
+    return cost, step, zero
+
+
+def _best_of_few(weight: Tensor, importance: Tensor, grid: Grid, interval: Range) -> tuple[Tensor, Tensor, Tensor]:
+    """`_best_candidate` of a few output channels."""
     groups, outputs, n = weight.shape
     ends = (end.view(-1, groups, outputs) for end in interval.candidates(weight.reshape(-1, n)))
     together = max(1, CANDIDATE_NUMBERS // weight.numel())
@@ -64,8 +72,8 @@ def _best_candidate(weight: Tensor, importance: Tensor, grid: Grid, interval: Ra
 
 def _cost(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
     """`sum_j importance_j (w_j - w^_j)^2` of one step and zero-point for each output channel, the shape of both: (G, O) or (C, G, O)."""
-    codes = quantize(weight, scale[..., None], zero_point[..., None], grid)
-    error = weight - dequantize(codes, scale[..., None], zero_point[..., None])
+    step, zero = scale[..., None], zero_point[..., None]
+    error = (weight / step).round_().add_(zero).clamp_(grid.lowest, grid.highest).sub_(zero).mul_(step).sub_(weight)  # in place: twice as fast
     return (error.square_() @ importance[..., None])[..., 0]
 
 

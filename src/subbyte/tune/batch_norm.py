@@ -214,7 +214,7 @@ def _pass_(models: Models, items: Sequence[CalibratedLayer], data: CalibrationSe
                 for index in stop.runs:
                     x = stop.input(index)
                     fit = _fit_samples(x, data.held_out[index])
-                    outputs = item.quantized(x if bool(fit.all()) else x[fit])
+                    outputs = item.quantized.forward(x if bool(fit.all()) else x[fit])  # without hooks: the input is behind them already
                     seen[name].append(_statistics(item, outputs, _real_rows(item, x, data.batches[index]), fit))
                 if item.layer.calls == 1:
                     _re_estimate_(item, seen.pop(name), wanted[name])
