@@ -43,8 +43,8 @@ class Fisher(SensitivityMethod):
     """Second-order sensitivities by random probes of the output.
 
     Args:
-        draws: probes of every sample, at least; more make the table less random. A calibration set of less than 256 samples gets as many
-            as there are 256 probes in all.
+        draws: probes of every sample, at least; more make the table less random. A calibration set of less than 256 samples gets so
+            many that there are 256 in all.
 
     Raises:
         OptionError: if there is no draw.

@@ -15,11 +15,12 @@ channel is to find the codes `v` (zero-point subtracted) and the step `s` (or on
    keeps the step and zero-point with the lowest objective;
 3. coordinate descent: in every output channel the one code moves whose move lowers the objective most, until none does;
 4. the step in closed form, `s = v^T H w* / v^T H v`, the steps of a channel's groups together; 3 and 4 repeat while codes move;
-5. the input's step is searched again, now against the quantized weight, while the error on held-out rows falls;
+5. the input's step, until now the best for the trained weight, is searched again against the quantized one; where another promises a
+   hundredth less error, 3 and 4 are done again with it, while the error on held-out rows falls;
 6. where a ReLU or the like follows, 3 and 4 again for targets that ask nothing of outputs that it clips, while the held-out error falls.
 
-With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3; it finds the very closest point nearly always, for
-many more steps. How far the best of these is from where `diag H` puts it, the few weights do not average out.
+With few unknowns (a depthwise convolution) a tree search takes the place of 2 and 3, and finds the very closest point nearly always. It
+starts from many more steps: what `diag H` says of the best one is far off where inputs go together; few weights do not average that out.
 
 The ridge `lambda` pulls directions that the rows do not determine back to the trained weights; `calibrate.ridge` says how it is chosen.
 """
