@@ -76,4 +76,4 @@ def case(model: nn.Module, samples: Tensor) -> Case:
 @pytest.fixture(params=["tangled", "chain"])
 def network(request: pytest.FixtureRequest) -> Case:
     torch.manual_seed(1)
-    return case(Tangled(), torch.randn(40, 2, 6, 6)) if request.param == "tangled" else case(chain(), torch.randn(80, 6))
+    return case(Tangled(), torch.randn(40, 2, 6, 6)) if request.param == "tangled" else case(chain(), torch.randn(240, 6))

@@ -114,9 +114,8 @@ def test_a_loss_of_the_users_own_is_asked_for_each_option(network: Case) -> None
 def test_fisher_is_measured_where_changes_are_small(network: Case, loss: OutputLoss) -> None:
     measured, fisher = table(network, Measured(), loss), table(network, Fisher(draws=400), loss)
     for name, row in measured.losses.items():
-        # where a layer is called twice, the second call rounds what the first has changed, which is not linear: 0.95 to 1.35 over seeds;
-        # elsewhere clipped inputs have effects of higher order, up to 1.17
-        near = 0.4 if name == "twice" else 0.2
+        # where a layer is called twice, the second call rounds what the first has changed, which is not linear: 0.95 to 1.35 over seeds
+        near = 0.4 if name == "twice" else 0.15
         assert fisher.losses[name][(8, 8)] == pytest.approx(row[(8, 8)], rel=near), name
     ratios = [fisher.losses[name][option] / row[option] for name, row in measured.losses.items() for option in OPTIONS]
     assert 0.3 < min(ratios) and max(ratios) < 3.0
