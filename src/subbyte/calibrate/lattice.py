@@ -64,7 +64,7 @@ class Lattice(Solver):
         shifted_ratios: likewise with the zero-point one lower and one higher, where weights have zero-points.
         most_unknowns: layers with more weights in an output channel are left to plain rounding, since `H` has their square of numbers.
         rounds: how often steps 3 and 4 alternate, at most; 0 leaves the codes as step 2 found them.
-        activation_rounds: how often step 5 is tried, at most.
+        activation_rounds: how often step 5 is tried, at most; 0: the input's step is the best of `activation_range`, as it is.
         clip_rounds: how often step 6 is tried, at most.
         searched_unknowns: layers with no more weights in an output channel are searched for the very closest point.
         searched_ratios: steps to start from there, in place of `step_ratios`.
@@ -140,16 +140,13 @@ class Lattice(Solver):
         for step in improve:
             if step == stuck:
                 continue
-            trial = step(problem, best)
+            trial, stuck = step(problem, best), step
             if trial is best:
-                stuck = step
                 continue
             error = relative_error(problem, best, problem.held_out) if error is None else error
             trial_error = relative_error(problem, trial, problem.held_out)
             if trial_error < error:
-                best, error = trial, trial_error
-            else:
-                stuck = step
+                best, error, stuck = trial, trial_error, None
         return best
 
     def _starting_activation(self, problem: LayerProblem) -> tuple[Tensor, Tensor] | None:

@@ -74,7 +74,7 @@ def _cost(weight: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor,
     """`sum_j importance_j (w_j - w^_j)^2` of one step and zero-point for each output channel, the shape of both: (G, O) or (C, G, O)."""
     step, zero = scale[..., None], zero_point[..., None]
     codes = (weight / step).round_().add_(zero).clamp_(grid.lowest, grid.highest)
-    error = codes.sub_(zero).mul_(step).sub_(weight)  # all of it in place, in two thirds of the time
+    error = codes.sub_(zero).mul_(step).sub_(weight)  # in place: memory is what it waits for
     return (error.square_() @ importance[..., None])[..., 0]
 
 
