@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -56,3 +57,11 @@ def test_a_fused_sum_takes_what_is_not_rounded() -> None:
     codes = [arithmetic.of_convolution(sums, none, unit, inner, rounded=rounded).double() for rounded in (False, True)]
     zero = (none, TensorGrid(0.25, 0, 0, 255))
     assert [float(arithmetic.of_sum((code, inner), zero, grid)) for code in codes] == [5.0, 6.0]
+
+
+def test_openvino_multiplies_by_a_quotient_that_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "studies")
+    multiplier = importlib.import_module("openvino_multiplier")
+    generator = np.random.default_rng(1)
+    assert [multiplier.distance(generator) for _ in range(12)] == [0] * 12

@@ -189,7 +189,8 @@ def _levels(grid: TensorGrid, unit: float = 1.0) -> tuple[Tensor, Tensor]:
     """`k` and `k_0` of OpenVINO's grids, float32 (), for numbers in units of `unit`."""
     step = torch.tensor(grid.scale)
     low, high = (step * end / torch.tensor(unit) for end in (-grid.zero_point, LEVELS - grid.zero_point))
-    return LEVELS / (high - low), -low * LEVELS / (high - low)
+    levels = torch.tensor(LEVELS)  # a Python number over a tensor would be its reciprocal times the number, rounded twice
+    return levels / (high - low), -low * levels / (high - low)
 
 
 def _clipped(codes: Tensor, grid: TensorGrid) -> Tensor:
