@@ -25,7 +25,7 @@ All in float32, rounded where it is written, ties to even; `fma` rounds once.
 
 Source:
     Found by comparing the kernels of ONNX Runtime 1.32 (MLAS, AVX-512) and OpenVINO 2026.4 (oneDNN) with candidates on some million
-    random sums; `tests/export/test_arithmetic.py` does so again.
+    random sums; `tests/export/test_arithmetic.py` does so again, and `studies/openvino_multiplier.py` for `k`.
 """
 
 from __future__ import annotations
