@@ -74,7 +74,7 @@ def codes_of(sums: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def distance(generator: np.random.Generator) -> int | None:
-    """How many float32 numbers OpenVINO's multiplier lies above `k`; None if none near it gives all codes."""
+    """How many float32 numbers OpenVINO's multiplier lies above `k`, for one random grid; None if none near it gives all codes."""
     step = np.float32(generator.uniform(0.01, 4))
     weight_steps = generator.uniform(0.001, 0.01, OUTPUTS).astype(np.float32)
     unit, bias_codes = step * weight_steps, generator.integers(-3000, 3000, OUTPUTS)
@@ -87,17 +87,13 @@ def distance(generator: np.random.Generator) -> int | None:
     arguments = sums, torch.from_numpy(bias_codes).double().view(spread), torch.from_numpy(unit).view(spread)
     real = arguments[0].float() * arguments[2] + arguments[1].float() * arguments[2]
     multiplier = np.float32(255) / (np.float32(255) * size)
-    assert torch.equal((real * float(multiplier)).round().clamp(0, 255), OpenVINOArithmetic().of_convolution(*arguments, grid_of(size)))
+    simulated = OpenVINOArithmetic().of_convolution(*arguments, TensorGrid(float(size), 0, 0, 255))
+    assert torch.equal((real * float(multiplier)).round().clamp(0, 255), simulated)  # the simulation's `k` is this one
     for away in (0, 1, -1, 2, -2):
         tried = (multiplier.view(np.int32) + np.int32(away)).view(np.float32)
         if torch.equal((real * torch.tensor(tried)).round().clamp(0, 255).double(), given):
             return away
     return None
-
-
-def grid_of(step: np.float32) -> TensorGrid:
-    """An unsigned grid without zero-point."""
-    return TensorGrid(float(step), 0, 0, 255)
 
 
 def main() -> None:
