@@ -168,9 +168,10 @@ def survey_market(assembler: Assembler, budget: Budget, folds: Sequence[Fold], m
     options = for_tables(choices.of(names), assembler.tables)
     first = {name: row[0] for name, row in options.items()}
     models = assembler.prepare(first)
-    solved = reconstruct(models, options, assembler.calibration, recipe.method, assembler.kept, assembler.observer)
+    kept = assembler.kept if recipe.table_method == recipe.method else assembler.kept.by(recipe.table_method)
+    solved = reconstruct(models, options, assembler.calibration, recipe.table_method, kept, assembler.observer)
     asked = (recipe.sensitivity, budget.sensitivity_loss(recipe.loss))
-    table = sensitivity_of(models, solved, assembler.calibration, asked, assembler.kept, assembler.observer)
+    table = sensitivity_of(models, solved, assembler.calibration, asked, kept, assembler.observer)
     market = Market(table, costs_of(models, first, folds, model, _table(budget.seconds)), options, choices.groups(names))
     if assembler.kept.bank.run_folder is not None:
         save_market(assembler.kept.bank.run_folder, market)

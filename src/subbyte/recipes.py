@@ -94,6 +94,11 @@ class Recipe:
         """The part of the recipe that solves layers."""
         return Method(self.solver, self.baseline, self.sampling, self.behind_clips)
 
+    @property
+    def table_method(self) -> Method:
+        """The same for the table of all options that a budget chooses from: drafts, where layers are solved anew at the chosen ones."""
+        return replace(self.method, solver=self.solver.draft) if self.flavour is Flavour.SEQUENTIAL else self.method
+
 
 def default() -> Recipe:
     """What `quantize` does without being asked: every layer solved by `Lattice` on what the quantized layers before it return; within a

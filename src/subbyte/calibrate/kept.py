@@ -27,6 +27,14 @@ class Kept:
     bank: Bank
     run: str
 
+    def by(self, method: object) -> Kept:
+        """Solutions of the same run by another method.
+
+        Args:
+            method: settings whose `repr` says all.
+        """
+        return Kept(self.bank, digest(self.run, method))
+
     def recall(self, item: CalibratedLayer, before: object = ()) -> Judged | None:
         """What was found for a layer at its grids, or None.
 

@@ -60,7 +60,7 @@ class Lattice(Solver):
             first whose real weights do nearly as well on held-out rows is taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
-        step_ratios: steps to start from, as multiples of the one that step 1 finds.
+        step_ratios: steps to start from, as multiples of the one that step 1 finds; drafts take every third.
         shifted_ratios: likewise with the zero-point one lower and one higher, where weights have zero-points.
         most_unknowns: layers with more weights in an output channel are left to plain rounding, since `H` has their square of numbers.
         rounds: how often steps 3 and 4 alternate, at most; 0 leaves the codes as step 2 found them.
@@ -86,8 +86,8 @@ class Lattice(Solver):
     fine_ridges: tuple[float, ...] = (30.0, 3.0)
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
-    step_ratios: tuple[float, ...] = (1.0, 0.85, 0.9, 0.95, 1.05, 1.1, 1.15)
-    shifted_ratios: tuple[float, ...] = (0.9, 1.0, 1.1)
+    step_ratios: tuple[float, ...] = (1.0, 0.85, 0.95, 0.9, 1.05, 1.15, 1.1)
+    shifted_ratios: tuple[float, ...] = (1.0, 0.9, 1.1)
     most_unknowns: int = 8192
     rounds: int = 4
     activation_rounds: int = 2
@@ -121,6 +121,20 @@ class Lattice(Solver):
         """
         alone = cls(rounds=0, activation_rounds=0, clip_rounds=0, searched_unknowns=0)
         return replace(alone, ridges=(0.01,), fine_ridges=(), step_ratios=(1.0,), shifted_ratios=())
+
+    @property
+    def draft(self) -> Lattice:
+        """See `Solver`: every third start, one round, no search of the input's step."""
+        return replace(
+            self,
+            step_ratios=self.step_ratios[::3],
+            shifted_ratios=self.shifted_ratios[::3],
+            searched_ratios=self.searched_ratios[::3],
+            rounds=min(self.rounds, 1),
+            activation_rounds=0,
+            clip_rounds=0,
+            search_paths=-(-self.search_paths // 2),
+        )
 
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """See `Solver`.

@@ -162,6 +162,11 @@ class Solver(ABC):
         """What a receipt calls this solver."""
         return type(self).__name__
 
+    @property
+    def draft(self) -> Solver:
+        """What finds nearly as low errors sooner, for tables of which the errors count and the codes do not; if there is none, itself."""
+        return self
+
     @abstractmethod
     def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
         """Solve one layer.
