@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import subbyte
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.models import Models
+from subbyte.calibrate.whole import Judge
 from subbyte.model.batches import call
 from subbyte.run.events import Observer
 from subbyte.tasks import TASKS, Task
@@ -81,11 +82,11 @@ class Watched(subbyte.Refinement):
         """Of the refinement."""
         return "nothing" if self.inner is None else self.inner.name
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`."""
         started = time.perf_counter()
         self.seen.append(self.images.scores(models.quantized) | {"watching": time.perf_counter() - started})
-        return () if self.inner is None else self.inner.refine_(models, data, observer)
+        return () if self.inner is None else self.inner.refine_(models, data, judge, observer)
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ class EveryVariant(subbyte.Refinement):
     only: tuple[str, ...]
     test_images: int
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`."""
         held_out = Judge.of(models.original, data, subbyte.RelativeSquaredError())
         judges = (held_out, held_out.with_mixtures(models.original, subbyte.Recipe().mixtures, data.seed))
@@ -61,7 +61,7 @@ class EveryVariant(subbyte.Refinement):
         self.show("-", judges, models, 0.0)
         for name in self.only or VARIANTS:
             started = time.perf_counter()
-            VARIANTS[name].refine_(models, data, observer)
+            VARIANTS[name].refine_(models, data, judge, observer)
             self.show(name, judges, models, time.perf_counter() - started)
             for layer, state in before:
                 layer.assign_(state)

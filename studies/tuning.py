@@ -62,7 +62,7 @@ class EveryVariant(subbyte.Refinement):
     label: str
     only: str
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`."""
         judge = Judge.of(models.original, data, subbyte.RelativeSquaredError())
         before = [(item.quantized, item.quantized.state()) for item in models.layers]
@@ -70,7 +70,7 @@ class EveryVariant(subbyte.Refinement):
         print(f"{self.label:<24} {'-':<26} {start:>8.4f} {'':>8} {self.scores(models.quantized)}", flush=True)
         for name, variant in VARIANTS.items():
             if self.only in name:
-                (note, *_) = variant.refine_(models, data, observer)
+                (note, *_) = variant.refine_(models, data, judge, observer)
                 loss = judge.loss_of(models.quantized)
                 print(f"{self.label:<24} {name:<26} {start:>8.4f} {loss:>8.4f} {self.scores(models.quantized)}  {note}", flush=True)
                 for layer, state in before:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,12 @@ from subbyte import (
     OptionError,
     Recipe,
     Result,
+    Solver,
     Widths,
 )
 from subbyte.allocate.saved import load_market, market_data, market_from
 from subbyte.calibrate.loss import measure
+from subbyte.calibrate.problem import LayerProblem, LayerSolution
 from subbyte.calibrate.whole import Judge
 from subbyte.errors import FileError
 from subbyte.run.events import Event, LayerSolved, StepDone
@@ -101,6 +104,41 @@ def test_the_receipt_tells_predicted_beside_measured_and_the_proof() -> None:
     text = str(result)
     assert "proved optimal" in text and "RelativeSquaredError by Fisher over 4 layers and 28 options: predicted" in text
     assert f"measured on held-out samples {result.plan.measured_loss:.4g}" in text
+
+
+@dataclass(frozen=True)
+class Telling(Solver):
+    """Plain rounding that tells whether the whole solver or its draft was asked, and at which width."""
+
+    asked: list[tuple[str, int]] = field(default_factory=list, compare=False, repr=False)
+    is_draft: bool = False
+
+    @property
+    def draft(self) -> Telling:
+        return replace(self, is_draft=True)
+
+    def solve(self, problem: LayerProblem, generator: torch.Generator) -> LayerSolution:
+        self.asked.append(("draft" if self.is_draft else "whole", problem.weight_grid.bits))
+        return subbyte.RoundToNearest().solve(problem, generator)
+
+
+@pytest.mark.parametrize("flavour", Flavour, ids=lambda flavour: flavour.value)
+def test_tables_are_drafts_where_layers_are_solved_anew(flavour: Flavour) -> None:
+    solver, bank, choices = Telling(), Bank(), Choices((2, 4, 8), activation_bits=(8,))
+    result = quantized(Budget(size=0.17, choices=choices), Recipe(solver=solver, flavour=flavour), bank)
+    table = [(kind, bits) for kind in ("draft" if flavour is Flavour.SEQUENTIAL else "whole",) for bits in (2, 4, 8)] * len(NAMES)
+    chosen = [("whole", result.allocation[name][0]) for name in NAMES] if flavour is Flavour.SEQUENTIAL else []
+    assert sorted(solver.asked) == sorted(table + chosen)
+    quantized(Budget(size=0.17, choices=choices), Recipe(solver=solver, flavour=flavour), bank)
+    assert len(solver.asked) == len(table + chosen), "both are kept"
+
+
+def test_a_draft_is_never_taken_for_a_solution() -> None:
+    """A bank that a sequential run has filled with drafts serves a parallel one as an empty bank does."""
+    bank, parallel = Bank(), Recipe(flavour=Flavour.PARALLEL)
+    quantized(Budget(size=0.17), bank=bank)
+    one, other = (quantized(Budget(size=0.17), parallel, kept) for kept in (bank, Bank()))
+    assert all(torch.equal(value, other.model.state_dict()[name]) for name, value in one.model.state_dict().items())
 
 
 @pytest.mark.parametrize("limit", [0.3, 0.03, 0.003])

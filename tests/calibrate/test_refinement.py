@@ -12,6 +12,7 @@ import subbyte
 from subbyte import Blockwise, Networkwise, Recipe, Refinement, StepSearch, Widths
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.models import Models
+from subbyte.calibrate.whole import Judge
 from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.run.events import Event, Observer, StageFinished, StageStarted
 
@@ -147,7 +148,7 @@ class Spoiling(Refinement):
 
     by: float
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         for item in models.layers:
             state = item.quantized.state()
             item.quantized.assign_(replace(state, bias=state.bias + self.by))
@@ -178,6 +179,35 @@ def test_what_does_not_help_is_taken_back_to_the_bit(by: float) -> None:
     assert spoilt.loss == plain.loss == report.start_loss
     assert torch.equal(plain.model(data()), spoilt.model(data()))
     assert "not better, so not kept" in str(spoilt)
+
+
+@dataclass(frozen=True)
+class Undecided(Refinement):
+    """Gives layers and parameters other values, and the old ones back; or leaves them there."""
+
+    back: bool
+
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
+        layer, state = models.layers[0].quantized, models.layers[0].quantized.state()
+        layer.assign_(replace(state, scale=state.scale * 2))
+        if self.back:
+            layer.assign_(state)
+        return (f"{judge.loss_of(models.quantized)}",)
+
+
+def test_only_what_has_changed_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[float] = []
+    loss_of = Judge.loss_of
+    monkeypatch.setattr(Judge, "loss_of", lambda judge, model: measured.append(loss_of(judge, model)) or measured[-1])
+    for back, times in ((True, 1), (False, 2)):  # its own look, and the guard's if there is something to see
+        run()
+        before = len(measured)
+        measured.clear()
+        report = run(Undecided(back)).refinements[0]
+        assert len(measured) == before + times
+        assert not report.kept and (report.loss == report.start_loss) == back
+        assert float(report.notes[0]) == report.loss, "the judge it is given is the guard's"
+        measured.clear()
 
 
 def test_refinements_follow_each_other_from_what_was_kept() -> None:

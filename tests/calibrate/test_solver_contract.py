@@ -29,6 +29,7 @@ SOLVERS: list[Solver] = [
     RoundToNearest(),
     RoundToNearest(weight_range=MinMax(), activation_range=Percentile(99.9)),
     Lattice(),
+    Lattice().draft,
     Lattice.columns(),
     Lattice(weight_range=MinMax(), activation_range=LeastOutputError(count=8), rounds=1, activation_rounds=0),
     AdaQuant(iterations=6, checks=2),

@@ -15,6 +15,7 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept
 from subbyte.calibrate.models import Models, prepare
 from subbyte.calibrate.passes import calibrate_
+from subbyte.calibrate.whole import Judge
 from subbyte.model.batches import as_batches
 from subbyte.model.fold import fold_batch_norms_, norm_outputs
 from subbyte.model.input_factors import exponents_of, put_exponents_
@@ -64,6 +65,10 @@ def rounded(
     return models, calibration
 
 
+def judge_of(models: Models, data: CalibrationSet) -> Judge:
+    return Judge.of(models.original, data, subbyte.RelativeSquaredError())
+
+
 def fit_samples(data: CalibrationSet) -> list[Tensor]:
     return [batch[~mask] for batch, mask in zip(data.batches, data.held_out, strict=True)]
 
@@ -105,7 +110,7 @@ def test_it_is_the_papers_identity_re_estimated_and_folded_again() -> None:
         literal[place + 1].running_mean.copy_(mean)
         literal[place + 1].running_var.copy_(variance)
     codes = [item.quantized.codes for item in models.layers]
-    notes = BatchNormTuning.paper().refine_(models, data, ignore)
+    notes = BatchNormTuning.paper().refine_(models, data, judge_of(models, data), ignore)
     torch.testing.assert_close(models.quantized(x), literal(x), rtol=1e-4, atol=1e-5)
     assert [item.quantized.codes for item in models.layers] == codes, "codes are the very tensors they were"
     assert notes == ("2 batch norms re-estimated, reference: batch norm",)
@@ -130,7 +135,7 @@ def test_every_channel_gets_the_statistics_of_the_reference(
 ) -> None:
     model = trained(layer, norm)
     models, data = rounded(model, torch.randn(shape), held_out=range(4))
-    BatchNormTuning(reference).refine_(models, data, ignore)
+    BatchNormTuning(reference).refine_(models, data, judge_of(models, data), ignore)
     dimension = -1 if isinstance(layer, nn.Linear) else 1
     if reference is Reference.BATCH_NORM:
         mean, variance = norm.bias.detach().double(), norm.weight.detach().double().square()
@@ -150,7 +155,8 @@ def test_held_out_samples_have_no_say() -> None:
     for batches in (calibration.batches, as_batches(spoiled)):
         again = replace(models, quantized=copy_of(models.quantized))
         layers = tuple(replace(item, quantized=again.quantized.get_submodule(item.layer.name)) for item in models.layers)
-        BatchNormTuning.paper().refine_(replace(again, layers=layers), replace(calibration, batches=batches), ignore)
+        other = replace(calibration, batches=batches)
+        BatchNormTuning.paper().refine_(replace(again, layers=layers), other, judge_of(again, other), ignore)
         states.append(layers[0].quantized.state())
     assert torch.equal(states[0].scale, states[1].scale) and torch.equal(states[0].bias, states[1].bias)
 
@@ -161,7 +167,7 @@ def test_a_gain_of_zero_leaves_finite_numbers() -> None:
         with torch.no_grad():
             model[1].weight[1] = 0
         models, data = rounded(model, torch.randn(12, 2, 5, 5))
-        BatchNormTuning.paper().refine_(models, data, ignore)
+        BatchNormTuning.paper().refine_(models, data, judge_of(models, data), ignore)
         state = models.layers[0].quantized.state()
         assert bool(torch.isfinite(state.scale).all()) and bool((state.scale > 0).all()) and bool(torch.isfinite(state.bias).all())
         assert state.bias[1] == model[1].bias[1], "a channel that is constant is its batch norm's bias"
@@ -173,7 +179,7 @@ def test_layers_without_a_batch_norm_are_left_unless_asked_for() -> None:
         models, data = rounded(model, torch.randn(12, 2, 6, 6))
         before = models.layers[1].quantized.state()
         notes = BatchNormTuning.paper() if not asked else replace(BatchNormTuning.paper(), without_batch_norm=True)
-        told = notes.refine_(models, data, ignore)
+        told = notes.refine_(models, data, judge_of(models, data), ignore)
         after = models.layers[1].quantized.state()
         assert (after.bias is before.bias) == (not asked)
         if asked:
@@ -202,7 +208,7 @@ def test_a_layer_that_is_called_twice_is_re_estimated_on_both_calls() -> None:
     before = shared.quantized.state()
     found = moments(outputs_of(shared.quantized, models.quantized, fit_samples(data)), -1)
     wanted = moments(outputs_of(shared.original, models.original, fit_samples(data)), -1)
-    BatchNormTuning(without_batch_norm=True).refine_(models, data, ignore)
+    BatchNormTuning(without_batch_norm=True).refine_(models, data, judge_of(models, data), ignore)
     after = shared.quantized.state()
     torch.testing.assert_close(after.scale, (before.scale * (wanted[1] / found[1]).sqrt()).float(), rtol=1e-3, atol=1e-6)
     last = models.layers[1]  # sees what the shared layer has become
@@ -215,7 +221,7 @@ def test_a_layer_multiplies_its_input_by_its_factors_once() -> None:
     models, data = rounded(model, torch.randn(60, 4), factors={"2": torch.tensor([3, -2, 0, 1, -3, 2], dtype=torch.int8)})
     last = models.layers[1]
     assert exponents_of(last.quantized) is not None
-    BatchNormTuning(without_batch_norm=True).refine_(models, data, ignore)
+    BatchNormTuning(without_batch_norm=True).refine_(models, data, judge_of(models, data), ignore)
     got = moments(outputs_of(last.quantized, models.quantized, data.batches), -1)
     torch.testing.assert_close(got, moments(outputs_of(last.original, models.original, data.batches), -1), rtol=1e-2, atol=1e-3)
 

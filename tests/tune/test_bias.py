@@ -65,14 +65,18 @@ def others(models: Models) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in models.quantized.state_dict().items() if not name.startswith(inside)}
 
 
+def judge_of(models: Models, data: CalibrationSet) -> Judge:
+    return Judge.of(models.original, data, RelativeSquaredError()).with_mixtures(models.original, MIXTURES, data.seed)
+
+
 def held_out_loss(models: Models, data: CalibrationSet, loss: OutputLoss) -> float:
-    return Judge.of(models.original, data, loss).with_mixtures(models.original, MIXTURES, data.seed).loss_of(models.quantized)
+    return replace(judge_of(models, data), loss=loss).loss_of(models.quantized)
 
 
 def test_only_biases_change_and_the_held_out_loss_falls(setting: tuple[Models, CalibrationSet]) -> None:
     models, data = setting
     before, rest, start = states(models), others(models), held_out_loss(models, data, QUICK.stop_by)
-    (note,) = QUICK.refine_(models, data, ignore)
+    (note,) = QUICK.refine_(models, data, judge_of(models, data), ignore)
     for old, new in zip(before, states(models), strict=True):
         assert new.codes is old.codes and new.scale is old.scale and new.zero_point is old.zero_point
         assert old.activation is not None and new.activation is not None
@@ -86,7 +90,7 @@ def test_only_biases_change_and_the_held_out_loss_falls(setting: tuple[Models, C
 def test_steps_change_if_asked_for_and_codes_do_not(setting: tuple[Models, CalibrationSet]) -> None:
     models, data = setting
     before = states(models)
-    replace(QUICK, step_rate=1e-2).refine_(models, data, ignore)
+    replace(QUICK, step_rate=1e-2).refine_(models, data, judge_of(models, data), ignore)
     for old, new in zip(before, states(models), strict=True):
         assert new.codes is old.codes and not torch.equal(new.scale, old.scale) and bool((new.scale > 0).all())
         assert old.activation is not None and new.activation is not None
@@ -96,7 +100,7 @@ def test_steps_change_if_asked_for_and_codes_do_not(setting: tuple[Models, Calib
 def test_biases_of_norms_change_if_asked_for(setting: tuple[Models, CalibrationSet]) -> None:
     models, data = setting
     before = others(models)
-    (note,) = replace(QUICK, norm_biases=True, bias_rate=2e-3).refine_(models, data, ignore)
+    (note,) = replace(QUICK, norm_biases=True, bias_rate=2e-3).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("best after")
     after = others(models)
     assert [name for name in before if not torch.equal(before[name], after[name])] == ["3.bias"]
@@ -126,7 +130,9 @@ def test_every_loss_falls_with_every_optimizer(
     models, data = setting
     start = held_out_loss(models, data, loss)
     rate = rate or (1.0 if loss == KLDivergence(4.0) else 3e-2)  # the loss's own scale counts for it
-    BiasTuning(loss=loss, stop_by=loss, optimizer=optimizer, epochs=6, patience=6, bias_rate=rate).refine_(models, data, ignore)
+    BiasTuning(loss=loss, stop_by=loss, optimizer=optimizer, epochs=6, patience=6, bias_rate=rate).refine_(
+        models, data, judge_of(models, data), ignore
+    )
     assert held_out_loss(models, data, loss) < start
 
 
@@ -144,7 +150,9 @@ def test_a_users_own_loss_and_augmentation_are_used(setting: tuple[Models, Calib
         return torch.where(torch.rand(len(batch), 1, 1, 1, generator=generator) < 0.5, batch.flip(3), batch)
 
     start = held_out_loss(models, data, FirstClass())
-    replace(QUICK, loss=FirstClass(), stop_by=FirstClass(), augment=flipped, patience=6).refine_(models, data, ignore)
+    replace(QUICK, loss=FirstClass(), stop_by=FirstClass(), augment=flipped, patience=6).refine_(
+        models, data, judge_of(models, data), ignore
+    )
     assert held_out_loss(models, data, FirstClass()) < start
     assert sum(shown) == 6 * (48 - 3 * 2), "every sample that is not held out, once an epoch"
 
@@ -152,7 +160,7 @@ def test_a_users_own_loss_and_augmentation_are_used(setting: tuple[Models, Calib
 def test_it_ends_when_nothing_gets_better(setting: tuple[Models, CalibrationSet]) -> None:
     models, data = setting
     before, rest = states(models), others(models)
-    (note,) = BiasTuning(bias_rate=1e3, epochs=50, patience=2, norm_biases=True).refine_(models, data, ignore)
+    (note,) = BiasTuning(bias_rate=1e3, epochs=50, patience=2, norm_biases=True).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("nothing better found in 2 epochs")
     assert all(a.bias is b.bias for a, b in zip(before, states(models), strict=True))
     assert all(torch.equal(tensor, rest[name]) for name, tensor in others(models).items())
@@ -162,9 +170,9 @@ def test_rates_that_are_too_high_are_backed_off_from(setting: tuple[Models, Cali
     models, data = setting
     before, start = states(models), held_out_loss(models, data, QUICK.stop_by)
     too_high = replace(QUICK, bias_rate=1e2, epochs=12, patience=12)
-    (note,) = replace(too_high, backoff=1.0).refine_(models, data, ignore)
+    (note,) = replace(too_high, backoff=1.0).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("nothing better found") and all(a.bias is b.bias for a, b in zip(before, states(models), strict=True))
-    (note,) = replace(too_high, backoff=0.1).refine_(models, data, ignore)
+    (note,) = replace(too_high, backoff=0.1).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("best after") and held_out_loss(models, data, QUICK.stop_by) < start
 
 
@@ -193,9 +201,9 @@ def test_layers_have_a_share_in_what_is_trained() -> None:
         return float((silent.quantized(seen) - silent.original(seen)).square().mean())
 
     start = error()
-    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, ignore)
+    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("best after") and torch.equal(silent.quantized.state().bias, before)
-    (note,) = replace(QUICK, bias_rate=3e-2).refine_(models, data, ignore)
+    (note,) = replace(QUICK, bias_rate=3e-2).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("best after") and error() < start
 
 
@@ -208,8 +216,9 @@ def test_held_out_samples_have_no_say_in_what_is_trained(setting: tuple[Models, 
         torch.where(mask[:, None, None, None], 0.9 * batch, batch) for batch, mask in zip(data.batches, data.held_out, strict=True)
     )
     once = replace(QUICK, epochs=1, mixing=0.0)
-    once.refine_(models, data, ignore)
-    once.refine_(twin, replace(data, batches=spoiled), ignore)
+    once.refine_(models, data, judge_of(models, data), ignore)
+    other = replace(data, batches=spoiled)
+    once.refine_(twin, other, judge_of(twin, other), ignore)
     assert all(torch.equal(a.bias, b.bias) for a, b in zip(states(models), states(twin), strict=True))
 
 
@@ -306,7 +315,9 @@ def test_a_model_that_takes_no_part_of_a_batch_is_left_as_it_is() -> None:
 
     models, data = rounded(Fixed().eval(), [torch.randn(16, 4)])
     before = states(models)
-    assert QUICK.refine_(models, data, ignore)[0].startswith("nothing done: the model does not run on a part of a batch")
+    assert QUICK.refine_(models, data, judge_of(models, data), ignore)[0].startswith(
+        "nothing done: the model does not run on a part of a batch"
+    )
     assert states(models)[0].bias is before[0].bias
 
 
@@ -322,7 +333,7 @@ def test_a_model_without_gradients_is_left_as_it_is(obstacle: Callable[[Tensor],
 
     models, data = rounded(Opaque().eval(), [torch.randn(16, 4)])
     before = states(models)
-    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, ignore)
+    (note,) = replace(QUICK, layer_share=0.0).refine_(models, data, judge_of(models, data), ignore)
     assert note.startswith("nothing done: the model cannot be differentiated: ")
     assert states(models)[0].bias is before[0].bias
     assert all(parameter.grad is None for parameter in models.quantized.parameters())
@@ -341,7 +352,7 @@ def test_chance_and_mode_of_the_caller_do_not_matter(mode: Callable[[], Any]) ->
 
 def test_the_observer_is_told(setting: tuple[Models, CalibrationSet]) -> None:
     events: list[Event] = []
-    QUICK.refine_(*setting, events.append)
+    QUICK.refine_(*setting, judge_of(*setting), events.append)
     assert events[0] == StageStarted("BiasTuning") and isinstance(events[-1], StageFinished)
 
 

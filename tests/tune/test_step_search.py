@@ -13,6 +13,7 @@ from subbyte import MinMax, OptionError, Range, Recipe, RoundToNearest, StepSear
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.models import Models
 from subbyte.calibrate.refinement import Refinement
+from subbyte.calibrate.whole import Judge
 from subbyte.run.events import Observer
 
 
@@ -49,8 +50,8 @@ def test_more_sweeps_never_have_more_loss_on_what_they_see() -> None:
     class Noting(Refinement):
         inner: StepSearch
 
-        def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
-            notes.extend(self.inner.refine_(models, data, observer))
+        def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
+            notes.extend(self.inner.refine_(models, data, judge, observer))
             return ()
 
     notes: list[str] = []

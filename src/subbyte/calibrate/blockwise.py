@@ -26,6 +26,7 @@ from subbyte.calibrate.problem import LayerSolution
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for, spread_mask
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, OptionError, naming_layer
 from subbyte.model.batches import floating_tensors, map_tensors, probes, sample_count
 from subbyte.model.blocks import Arguments, Block, find_blocks
@@ -81,12 +82,13 @@ class Blockwise(Refinement):
             wanted = "positive counts, no negative rate and a float_share from 0 to below 1"
             raise OptionError(f"Blockwise needs {wanted}, not {self}")
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
 
         Args:
             models: see there.
             data: see there.
+            judge: see there.
             observer: is told of every block.
         """
         return tuple(str(report) for report in refine_blocks_(models, data, self, observer))

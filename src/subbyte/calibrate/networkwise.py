@@ -29,6 +29,7 @@ from subbyte.calibrate.models import Models, assign_, solution_of
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import TrainableLayer, standing_in
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.model.padding import read_outputs, real_positions, without_padding
@@ -77,12 +78,13 @@ class Networkwise(Refinement):
         if min(self.iterations, self.batch_samples) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1:
             raise OptionError(f"Networkwise needs positive counts, no negative rate or share and mixing from 0 to 1, not {self}")
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
 
         Args:
             models: see there.
             data: see there; samples of different batches are mixed where the batches fit together.
+            judge: see there.
             observer: is told when it starts and ends.
         """
         parts = fit_parts(models.original, data)

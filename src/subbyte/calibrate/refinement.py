@@ -32,13 +32,14 @@ class Refinement(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """Change the quantized model for the better. Widths stay as they are, so that the file's size does too.
 
         Args:
             models: layers of `models.quantized` have their codes, and get new ones with `QuantizedLayer.assign_`; the tensors of a state
                 are replaced, not changed.
             data: calibration set; fit on the samples that are not held out.
+            judge: the held-out samples, by which the refinement is kept or taken back; for choices that they have to make before.
             observer: is told when it starts and ends, under the refinement's name, and of progress.
 
         Returns:
@@ -88,8 +89,9 @@ def refine_guarded_(
     for refinement in refinements:
         started = time.perf_counter()
         before = _Snapshot(models)
-        notes = refinement.refine_(models, data, observer)
-        report = RefinementReport(refinement.name, loss, judge.loss_of(models.quantized), time.perf_counter() - started, notes)
+        notes = refinement.refine_(models, data, judge, observer)
+        reached = loss if before.still_there() else judge.loss_of(models.quantized)
+        report = RefinementReport(refinement.name, loss, reached, time.perf_counter() - started, notes)
         if report.kept:
             loss = report.loss
         else:
@@ -107,9 +109,19 @@ class _Snapshot:
         others = [*models.quantized.parameters(), *models.quantized.buffers()]
         self._others: list[tuple[Tensor, Tensor]] = [(tensor, tensor.detach().clone()) for tensor in others if id(tensor) not in inside]
 
+    def still_there(self) -> bool:
+        """Whether nothing has been changed, or all of it back."""
+        same = all(_parts(layer.state()) == _parts(state) for layer, state in self._layers)
+        return same and all(torch.equal(tensor, value) for tensor, value in self._others)
+
     @torch.no_grad()
     def restore_(self) -> None:
         for layer, state in self._layers:
             layer.assign_(state)
         for tensor, value in self._others:
             tensor.copy_(value)
+
+
+def _parts(state: QuantizedState) -> list[int]:
+    """Which tensors and grids a state is made of: a refinement replaces what it changes."""
+    return [id(part) for part in (state.codes, state.scale, state.zero_point, state.bias, state.weight_grid, *(state.activation or ()))]

@@ -37,6 +37,7 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.models import CalibratedLayer, Models
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import spread_mask
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import naming_layer
 from subbyte.model.batches import Batch, call
 from subbyte.model.layers import layer_input
@@ -87,12 +88,13 @@ class BatchNormTuning(Refinement):
         return cls(reference=Reference.BATCH_NORM)
 
     @torch.no_grad()
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
 
         Args:
             models: see there.
             data: see there.
+            judge: see there.
             observer: see there.
         """
         tuned = [item for item in models.free if item.norm is not None or self.without_batch_norm]

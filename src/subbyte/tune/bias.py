@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from subbyte.calibrate.models import Models
 from subbyte.calibrate.refinement import Refinement
 from subbyte.calibrate.rows import generator_for
 from subbyte.calibrate.trainable import standing_in
-from subbyte.calibrate.whole import MIXTURES, Judge
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.model.padding import real_positions, without_padding
@@ -47,8 +47,7 @@ class BiasTuning(Refinement):
 
     Args:
         loss: what is to become small on the samples that are not held out.
-        stop_by: what is to become small on those that are held out, and on mixtures of them unless `mixing` is 0; the best state by it is
-            kept.
+        stop_by: what is to become small on those that are held out, and on the mixtures of them that judge; the best state by it is kept.
         optimizer: how parameters are moved.
         epochs: how often every sample is seen, at most.
         backoff: what rates are multiplied by after an epoch that brought nothing better, when the best state is taken up again; 1: rates
@@ -95,19 +94,19 @@ class BiasTuning(Refinement):
         if min(counts) < 1 or min(rates) < 0 or not 0 <= self.mixing <= 1 or not 0 < self.backoff <= 1:
             raise OptionError(f"BiasTuning needs positive counts, no negative rate or share, mixing and backoff up to 1, not {self}")
 
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
 
         Args:
             models: see there.
             data: see there.
+            judge: see there.
             observer: see there.
         """
         parts = fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
-        judge = Judge.of(models.original, data, self.stop_by).with_mixtures(models.original, MIXTURES if self.mixing else 0, data.seed)
-        tuning = _Tuning(models, parts, self, judge)
+        tuning = _Tuning(models, parts, self, replace(judge, loss=self.stop_by))
         if obstacle := tuning.obstacle():
             return (f"nothing done: the model cannot be differentiated: {obstacle}",)
         started = time.perf_counter()

@@ -26,6 +26,7 @@ from subbyte.calibrate.loss import OutputLoss, RelativeSquaredError, measure
 from subbyte.calibrate.models import CalibratedLayer, Models, assign_, solution_of
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.calibrate.refinement import Refinement
+from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.quantizers.affine import quantize
@@ -65,12 +66,13 @@ class StepSearch(Refinement):
             raise OptionError(f"StepSearch needs positive counts and a positive distance, not {self}")
 
     @torch.no_grad()
-    def refine_(self, models: Models, data: CalibrationSet, observer: Observer) -> tuple[str, ...]:
+    def refine_(self, models: Models, data: CalibrationSet, judge: Judge, observer: Observer) -> tuple[str, ...]:
         """See `Refinement`.
 
         Args:
             models: see there.
             data: see there.
+            judge: see there.
             observer: is told when it starts and ends.
         """
         parts = fit_parts(models.original, data)
