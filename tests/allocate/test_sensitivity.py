@@ -146,6 +146,17 @@ def test_batches_in_the_bank_are_not_measured_again(network: Case) -> None:
     assert table(network, Broken(), KLDivergence(), bank).losses == first.losses
 
 
+@pytest.mark.parametrize("shape", [(40, 6), (40, 3, 6)], ids=str)
+def test_a_layer_whose_output_is_changed_in_place_has_the_same_sensitivities(shape: tuple[int, ...]) -> None:
+    """A linear layer returns a view where its input has more than two dimensions."""
+    found = []
+    for inplace in (False, True):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(inplace=inplace), nn.Linear(16, 5))
+        found.append(table(case(model, torch.randn(shape)), Fisher(), KLDivergence()).losses)
+    assert found[0] == found[1]
+
+
 def test_a_layer_that_no_gradient_reaches_is_named() -> None:
     class Detached(nn.Module):
         def __init__(self) -> None:

@@ -192,3 +192,51 @@ def test_what_lies_between_layers_is_quantised_whatever_the_inputs_are_called(tm
     result.model.query.activation_scale = result.model.query.activation_scale * 0.98
     exported = result.export_onnx(tmp_path / "model.onnx", threads=1)
     assert all(check.largest_steps <= 1.0 for check in exported.verification.checks)
+
+
+class DistanceBias(nn.Module):
+    """Attention whose bias is made of the distances between positions by layers of their own, as in Swin V2: these see no input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.queries, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.bias = nn.Sequential(nn.Linear(2, 16), nn.ReLU(inplace=True), nn.Linear(16, 1))
+        self.register_buffer("distances", torch.linspace(-1, 1, 72).view(6, 6, 2))
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        weights = (self.queries(x) @ x.mT + 4 * self.bias(self.distances)[..., 0]).softmax(dim=-1)
+        return self.head((weights @ x).mean(1))
+
+
+@pytest.mark.parametrize("target", [subbyte.OnnxRuntimeCPU(), subbyte.OpenVINOCPU()], ids=lambda target: target.name)
+def test_layers_that_see_no_input_are_constants_of_the_file(target: subbyte.Target, tmp_path: Path) -> None:
+    if isinstance(target, subbyte.OpenVINOCPU):
+        pytest.importorskip("openvino")
+    torch.manual_seed(1)
+    result = subbyte.quantize(DistanceBias(), torch.randn(64, 6, 4), widths=subbyte.Widths(4, 8))
+    exported = result.export_onnx(tmp_path / "m.onnx", target)
+    kernels = exported.verification.kernels
+    assert {name for name, kernel in kernels.items() if kernel == "constant"} == {"bias.0", "bias.2"}
+    assert not exported.verification.float_layers
+    assert all(check.agreement == 100.0 for check in exported.verification.checks)
+
+
+class Backwards(nn.Module):
+    """Rows are turned round, which takes a copy in memory, between layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8 * 4, 3)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).transpose(1, 2)
+        return self.second(x.reshape(x.shape[0], 32))
+
+
+def test_a_copy_in_memory_that_goes_takes_no_view_with_it(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    result = subbyte.quantize(Backwards(), torch.randn(64, 4, 6), widths=subbyte.Widths(4, 8))
+    assert all(check.agreement == 100.0 for check in result.export_onnx(tmp_path / "m.onnx").verification.checks)

@@ -77,6 +77,24 @@ def test_keyword_arguments_tables_and_groups(tmp_path: Path) -> None:
     assert torch.equal(subbyte.load(tmp_path / "m")(**batch), result.model(**batch))
 
 
+def test_numbers_that_are_made_and_checks_of_dtypes(tmp_path: Path) -> None:
+    """What models of the transformers library do: positions counted from 0, tensors that are what they are converted to."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.places, self.fc = nn.Embedding(50, 12), nn.Embedding(16, 12), nn.Linear(12, 4)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            x = self.table(ids) + self.places(torch.arange(ids.shape[1], device=ids.device))
+            return self.fc(x.to(self.fc.weight.dtype)).mean(1)
+
+    torch.manual_seed(0)
+    result = saved(Positions(), list(torch.randint(0, 50, (2, 16, 9))), tmp_path / "m")
+    ids = torch.randint(0, 50, (3, 5))
+    assert torch.equal(subbyte.load(tmp_path / "m")(ids), result.model(ids))
+
+
 def test_a_file_without_a_program_needs_a_model(tmp_path: Path) -> None:
     result = subbyte.quantize(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(32, 8), widths=subbyte.Widths(4, 8))
     result.save(tmp_path / "m")

@@ -230,6 +230,8 @@ def _recording(model: nn.Module, layers: Sequence[LayerOptions], calls: list[_Ca
             (x,) = (*args, *kwargs.values())
             if not output.requires_grad:  # a table's input has no gradient
                 output = output + torch.zeros((), device=output.device, requires_grad=True)  # no leaf, so that it may be changed in place
+            if output._is_view():  # as of a linear layer of more than two dimensions: its gradient is lost when it is changed in place
+                output = output.clone()
             one = _Call(layer, x.detach())
             output.register_hook(one.at_output)  # of what the layer returned, also where it is changed in place afterwards
             if x.requires_grad:

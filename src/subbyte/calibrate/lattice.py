@@ -60,14 +60,14 @@ class Lattice(Solver):
             first whose real weights do nearly as well on held-out rows is taken.
         weight_range: starting intervals of the weights' steps.
         activation_range: starting intervals of the input's step.
-        step_ratios: steps to start from, as multiples of the one that step 1 finds; drafts take every third.
+        step_ratios: steps to start from, as multiples of the one that step 1 finds; drafts take every eighth.
         shifted_ratios: likewise with the zero-point one lower and one higher, where weights have zero-points.
         most_unknowns: layers with more weights in an output channel are left to plain rounding, since `H` has their square of numbers.
         rounds: how often steps 3 and 4 alternate, at most; 0 leaves the codes as step 2 found them.
         activation_rounds: how often step 5 is tried, at most; 0: the input's step is the best of `activation_range`, as it is.
         clip_rounds: how often step 6 is tried, at most.
         searched_unknowns: layers with no more weights in an output channel are searched for the very closest point.
-        searched_ratios: steps to start from there, in place of `step_ratios`.
+        searched_ratios: steps to start from there, in place of `step_ratios`; drafts take every sixth.
         search_paths: partial codes that such a search keeps; half as many for each of the steps to start from.
 
     Raises:
@@ -86,14 +86,14 @@ class Lattice(Solver):
     fine_ridges: tuple[float, ...] = (30.0, 3.0)
     weight_range: Range = LeastOutputError()
     activation_range: Range = LeastOutputError(count=24)
-    step_ratios: tuple[float, ...] = (1.0, 0.85, 0.95, 0.9, 1.05, 1.15, 1.1)
+    step_ratios: tuple[float, ...] = tuple((60 + k) / 60 for k in (0, *range(-12, 0), *range(1, 13)))
     shifted_ratios: tuple[float, ...] = (1.0, 0.9, 1.1)
     most_unknowns: int = 8192
     rounds: int = 4
     activation_rounds: int = 2
     clip_rounds: int = 0
     searched_unknowns: int = 16
-    searched_ratios: tuple[float, ...] = tuple(2 ** (k / 15) for k in range(-15, 16))
+    searched_ratios: tuple[float, ...] = tuple(2 ** (k / 30) for k in range(-30, 31))
     search_paths: int = 8
 
     def __post_init__(self) -> None:
@@ -124,12 +124,12 @@ class Lattice(Solver):
 
     @property
     def draft(self) -> Lattice:
-        """See `Solver`: every third start, one round, no search of the input's step."""
+        """See `Solver`: a few starts, one round, no search of the input's step."""
         return replace(
             self,
-            step_ratios=self.step_ratios[::3],
-            shifted_ratios=self.shifted_ratios[::3],
-            searched_ratios=self.searched_ratios[::3],
+            step_ratios=self.step_ratios[::8],
+            shifted_ratios=self.shifted_ratios[:1],
+            searched_ratios=self.searched_ratios[::6],
             rounds=min(self.rounds, 1),
             activation_rounds=0,
             clip_rounds=0,

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from subbyte.export.markers import TensorGrid
 
@@ -80,6 +80,22 @@ def key_of(node: Node) -> str | None:
     if node.op == "call_function" and len(node.args) > 1 and isinstance(node.args[1], Node) and node.args[1].target is WEIGHT:
         return str(node.args[1].args[1])
     return None
+
+
+def constant_layers(graph: GraphModule) -> set[str]:
+    """Names of the layers that see nothing of what the graph is given, as those that make a bias of the distances between positions: a
+    runtime computes what they return once, when it loads the file.
+
+    Args:
+        graph: a traced model whose layers are marked.
+    """
+    given: set[Node] = set()
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" or not given.isdisjoint(node.all_input_nodes):
+            given.add(node)
+    weights = [node for node in graph.graph.nodes if node.target is WEIGHT]
+    varying = {str(node.args[1]) for node in weights if not given.isdisjoint(node.users)}
+    return {str(node.args[1]) for node in weights} - varying
 
 
 def table_of(node: Node) -> str | None:

@@ -17,6 +17,7 @@ class Layout:
             (`channel_blocks`).
         channels_last: whether large means over all positions read codes with channels last, as ONNX Runtime has them (`means`).
         token_rows: whether linear layers over sequences work on one row for each token (`token_rows`).
+        apart: whether linear layers and what reads them are kept apart where ONNX Runtime would compute both in float32 (`apart`).
 
     Example:
         >>> Layout().signed_codes
@@ -28,6 +29,7 @@ class Layout:
     channel_blocks: bool = False
     channels_last: bool = False
     token_rows: bool = False
+    apart: bool = False
 
 
 PLAIN = Layout()

@@ -28,7 +28,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.export.latency import Profile
 from subbyte.export.targets import Simulation, Target, runs_in_groups
-from subbyte.export.verify import Clock, RuntimeCheck, Verification, verify
+from subbyte.export.verify import CONSTANT, Clock, RuntimeCheck, Verification, verify
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
 from subbyte.quantizers.grid import MAX_BITS
@@ -182,10 +182,12 @@ def export_onnx(models: Exportable, path: str | os.PathLike[str], target: Target
     example = translation.Example.of(models.calibration.batches)
     graph = translation.trace(marked.model, example)
     quantizers = translation.place_for_(graph, models.calibration.batches, target)
+    unmoved = translation.constant_layers(graph)
     constants = translation.fix_constants_(graph, marked)
     content, sites = translation.to_file(graph, example, constants, target.layout)
     tables = {name: "Gather" for name, operator in marked.operators.items() if not operator.multiplies and name in sites}
     kernels = (target.kernels(content, sites) if not isinstance(target, Simulation) else dict.fromkeys(sites)) | tables
+    kernels |= {name: CONSTANT for name in unmoved if name in sites and name not in tables}
     _check_layers(kernels, list(marked.states), target, demands)
     plain = translation.to_file(translation.trace(translation.marked(models.original).model, example), example, {})[0]
     if target.arithmetic is not None:

@@ -102,8 +102,8 @@ def simplify_(graph: GraphModule, *, move: bool = True) -> None:
         elif node.op == "call_function" and is_no_op(node):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
-        elif node.target is torch.ops.aten.view.default:  # the copy in memory that made a view possible may be gone
-            node.target = torch.ops.aten.reshape.default
+        elif node.target in (aten.view.default, aten._unsafe_view.default):  # the copy in memory that made a view possible may be gone
+            node.target = aten.reshape.default
     _pool_in_front_(graph)
     for node in list(graph.graph.nodes) if move else ():
         if is_quantize(node) and (pad := node.args[0]).target in PADS and is_copy(pad) and len(pad.users) == 1:

@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from subbyte.errors import ModelError
-from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
+from subbyte.export.graph_kinds import ASSERTIONS, BIAS, QUANTIZE, WEIGHT
 from subbyte.export.markers import marked, quantize
 from subbyte.export.trace import Example, trace
 from subbyte.model.batches import Batch
@@ -38,16 +38,25 @@ INPUT, OUTPUT = "input", "output"
 PYTHON = ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge", "getitem")
 LISTED = frozenset(
     """
-    _to_copy _unsafe_view adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d addmm
-    alias argmax avg_pool1d avg_pool2d avg_pool3d baddbmm batch_norm bmm broadcast_to celu channel_shuffle chunk clamp_max clamp_min
-    clone concat contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d cosine_similarity cumsum detach
-    diff dropout einsum elu embedding expand_as feature_dropout flatten full_like gelu glu group_norm hardsigmoid hardswish hardtanh
-    hstack instance_norm layer_norm leaky_relu lift_fresh_copy linalg_vector_norm linear log_softmax logsumexp masked_fill matmul
-    max_pool1d max_pool2d max_pool3d mean meshgrid mish mm moveaxis movedim narrow new_ones new_zeros norm one_hot ones ones_like pad
-    permute pixel_shuffle pixel_unshuffle prelu relu6 repeat_interleave reshape reshape_as rms_norm roll rsub
-    scaled_dot_product_attention select selu silu softmax softplus split split_with_sizes square squeeze stack std sum swapaxes
-    swapdims t tensor_split to transpose tril triu type_as unbind unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d
-    upsample_linear1d upsample_nearest1d upsample_nearest2d upsample_trilinear3d var view view_as vstack where zeros zeros_like
+    adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d addmm
+    affine_grid_generator alias __and__ arange argmax argsort atleast_1d atleast_2d atleast_3d avg_pool1d avg_pool2d avg_pool3d
+    baddbmm batch_norm bilinear block_diag bmm broadcast_to bucketize cartesian_prod cdist celu channel_shuffle chunk clamp_max
+    clamp_min clone column_stack concat concatenate contiguous conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+    cosine_similarity cross cummax cummin cumprod cumsum detach diag diag_embed diagflat diff dropout dsplit dstack einsum elu
+    embedding expand_as expand_copy eye feature_dropout fft_fft fft_fft2 fft_fftn fft_fftshift fft_ifft fft_ifft2 fft_ifftn
+    fft_ifftshift fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftn flatten fliplr flipud full_like gelu glu grid_sampler
+    grid_sampler_3d group_norm gru hamming_window hann_window hardsigmoid hardswish hardtanh hsplit hstack im2col inner instance_norm
+    isfinite isin istft kron layer_norm leaky_relu lift_fresh_copy linalg_cross linalg_matrix_norm linalg_norm linalg_vector_norm
+    linear linspace log_sigmoid log_softmax logcumsumexp logsumexp __lshift__ lstm masked_fill masked_select matmul max_pool1d
+    max_pool1d_with_indices max_pool2d max_pool3d mean median meshgrid mish mm moveaxis movedim msort mv nanmean narrow new_full
+    new_ones new_zeros norm norm_except_dim numpy_T one_hot ones ones_like __or__ outer pad pairwise_distance permute pixel_shuffle
+    pixel_unshuffle prelu quantile ravel relu6 repeat_interleave reshape reshape_as rms_norm rnn_relu rnn_tanh roll rot90 row_stack
+    __rshift__ rsub _safe_softmax scaled_dot_product_attention searchsorted select selu silu softmax softplus split split_with_sizes
+    square squeeze stack std std_mean stft sum swapaxes swapdims t take take_along_dim tensor_split tensordot tile to _to_copy trace
+    transpose tril tril_indices triu triu_indices type_as unbind unflatten unfold unsafe_chunk unsafe_split unsafe_split_with_sizes
+    _unsafe_view unsqueeze upsample_bicubic2d _upsample_bicubic2d_aa upsample_bilinear2d _upsample_bilinear2d_aa upsample_linear1d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean vdot view view_as view_as_complex
+    view_as_real vsplit vstack _weight_norm _weight_norm_interface where __xor__ zeros zeros_like
     """.split()
 )
 DTYPES = {str(kind).removeprefix("torch."): kind for kind in vars(torch).values() if isinstance(kind, torch.dtype)}
@@ -103,8 +112,8 @@ def _step(
         return ["tensor", [_tensor_name(graph, str(node.target), stored, extra)], {}]
     if node.op == "output":
         return [OUTPUT, [_encoded(pytree.tree_leaves(node.args[0]), numbers)], {}]
-    if node.op != "call_function":
-        return None  # guards, which check nothing
+    if node.op != "call_function" or node.target in ASSERTIONS:
+        return None  # guards, and what checks a tensor that it was traced with
     if node.target in (WEIGHT, BIAS):
         return [f"subbyte.{'weight' if node.target is WEIGHT else 'bias'}", [node.args[1]], {}]
     name = _name_of(node.target)

@@ -139,7 +139,7 @@ class OnnxRuntimeCPU(Target):
         from subbyte.export.saturation import saturates
 
         lost = saturates(self) if self.saturates is None else self.saturates
-        return Layout(unsigned_weights=lost, channel_blocks=True, channels_last=True, token_rows=True)
+        return Layout(unsigned_weights=lost, channel_blocks=True, channels_last=True, token_rows=True, apart=True)
 
     def version(self) -> str:
         """See `Target`.

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import onnx
 from torch.fx import GraphModule
 
+from subbyte.export.apart import keep_apart_
 from subbyte.export.constants import LayerConstants, fix_constants_
+from subbyte.export.graph_kinds import constant_layers
 from subbyte.export.kernels import use_kernels_
 from subbyte.export.layout import PLAIN, Layout
 from subbyte.export.markers import marked
@@ -21,7 +23,7 @@ from subbyte.export.token_rows import as_rows_
 from subbyte.export.trace import Example, Simulated, trace
 from subbyte.model.batches import Batch
 
-__all__ = ["Example", "Simulated", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
+__all__ = ["Example", "Simulated", "constant_layers", "fix_constants_", "marked", "place_for_", "to_file", "trace", "use_kernels_"]
 
 
 def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> int:
@@ -42,6 +44,8 @@ def place_for_(graph: GraphModule, batches: Sequence[Batch], target: Target) -> 
         simplify_(graph)
     if target.layout.token_rows:
         as_rows_(graph)
+    if target.layout.apart:
+        keep_apart_(graph)
     return placed
 
 

@@ -19,6 +19,7 @@ from subbyte.model.padding import read_outputs
 
 STEPS = 255  # an output step is this part of what an output spans
 REPEATS = 30  # timed runs of each file, in turns
+CONSTANT = "constant"
 TURN = 10  # runs of one file before the other has its turn
 
 
@@ -62,7 +63,7 @@ class Verification:
         target: name of the target.
         samples: that were compared.
         checks: without and with the runtime's optimizations; of a reference, without.
-        kernels: int8 kernel of each layer, None where it runs in floating point.
+        kernels: int8 kernel of each layer, None where it runs in floating point; `CONSTANT` where the runtime computes it once, on loading.
         size_bytes: of the file.
         float_bytes: of the float model's file, exported the same way.
         milliseconds: median of a run with `batch_size` samples; NaN where the target's runtime is not here.
