@@ -600,3 +600,23 @@ def generate(x: Tensor) -> Iterator[Tensor]:
 def test_a_generator_is_read_once() -> None:
     model, data = built(CASES["twice"])
     assert subbyte.quantize(model, generate(data)).measured.samples == len(data)
+
+
+class Own(nn.Linear):
+    """Computes something of its own with its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
+        return input @ self.weight.square().mT
+
+
+@pytest.mark.parametrize("exclude", [(), ("1",)], ids=["not asked for", "excluded"])
+def test_a_model_that_stays_in_float_for_a_good_part_says_so(exclude: tuple[str, ...]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6) if exclude else Own(8, 6), nn.Linear(6, 2)).eval()
+    result = subbyte.quantize(model, torch.randn(40, 8), widths=Widths(4, 8, exclude=exclude))
+    told = [text for text in result.warnings if "stay in float32" in text]
+    assert len(told) == (not exclude)
+    if told:
+        assert (
+            told[0].startswith("43% of the weights stay in float32") and "1 (Own, 54 parameters): Own has a forward of its own" in told[0]
+        )
+        assert told[0] in str(result)

@@ -16,6 +16,7 @@ from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, tensors
 from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of
 
+EXCLUDED = "excluded by the user"
 IDLE_BATCHES = 4  # so many batches without a new layer, and those not yet called are taken to be never called
 
 
@@ -172,7 +173,7 @@ def survey(
         if name not in calls.inputs:
             left_out.append(_left_out(name, module, "never called in a forward"))
         elif not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, pattern) for pattern in exclude):
-            left_out.append(_left_out(name, module, "excluded by the user"))
+            left_out.append(_left_out(name, module, EXCLUDED))
         else:
             layers.append(_layer(name, module, operator, calls.inputs[name], model))
     for name, module in model.named_modules():

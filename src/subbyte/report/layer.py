@@ -10,8 +10,11 @@ from subbyte.calibrate.guard import Judged
 from subbyte.calibrate.models import CalibratedLayer
 from subbyte.calibrate.whole import Measured
 from subbyte.model.fold import Fold
-from subbyte.model.layers import Layer, LeftOut, Survey
+from subbyte.model.layers import EXCLUDED, Layer, LeftOut, Survey
 from subbyte.plan import Plan
+
+MUCH = 0.1  # of the weights in float32 are worth a warning
+MOST_NAMED = 3  # modules in it
 
 
 @dataclass(frozen=True)
@@ -144,4 +147,16 @@ def warnings_for(found: Survey, judged: Mapping[str, Judged], measured: Measured
     never = [left.name for left in found.left_out if left.reason.startswith("never called")]
     if never:
         warnings.append(f"never called in a forward, so left in float32: {', '.join(never)}")
-    return tuple(warnings)
+    return (*warnings, *_much_in_float(found))
+
+
+def _much_in_float(found: Survey) -> list[str]:
+    """A warning where a good part of the model is not quantized and nobody asked for that."""
+    left = sorted((left for left in found.left_out if left.reason != EXCLUDED), key=lambda left: -left.parameters)
+    parameters = sum(left.parameters for left in left)
+    share = parameters / (parameters + sum(layer.weight_count for layer in found.layers if layer.shares is None))
+    if share < MUCH:
+        return []
+    largest = "; ".join(f"{one.name} ({one.kind}, {one.parameters} parameters): {one.reason}" for one in left[:MOST_NAMED])
+    more = f"; and {len(left) - MOST_NAMED} smaller ones" if len(left) > MOST_NAMED else ""
+    return [f"{share:.0%} of the weights stay in float32, since they are in nothing that can be quantized: {largest}{more}"]
