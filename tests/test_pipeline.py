@@ -616,7 +616,6 @@ def test_a_model_that_stays_in_float_for_a_good_part_says_so(exclude: tuple[str,
     told = [text for text in result.warnings if "stay in float32" in text]
     assert len(told) == (not exclude)
     if told:
-        assert (
-            told[0].startswith("43% of the weights stay in float32") and "1 (Own, 54 parameters): Own has a forward of its own" in told[0]
-        )
+        assert told[0].startswith("42% of the weights stay in float32")
+        assert "1 (Own, 54 parameters): Own has a forward of its own" in told[0]
         assert told[0] in str(result)
