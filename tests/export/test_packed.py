@@ -24,7 +24,7 @@ import subbyte
 from subbyte import FileError, ModelError, Result, Widths
 from subbyte.export.bits import packed_size
 from subbyte.export.loading import load
-from subbyte.export.packed import FORMAT_VERSION, pack_model, structure_of, to_bytes
+from subbyte.export.packed import FORMAT_VERSION, pack_model, read_packed, structure_of, to_bytes
 from subbyte.model.operators import operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.grid import Grid
@@ -207,6 +207,44 @@ def test_shared_modules_and_tied_weights(tmp_path: Path) -> None:
     assert torch.equal(outputs(loaded, ids), outputs(found.model, ids))
     assert loaded.again is loaded.mix
     assert torch.equal(loaded.table.weight, found.model.get_submodule("table").weight)  # type: ignore[arg-type]
+
+
+class WithTwin(nn.Module):
+    """A table that a module in front holds too, which nobody calls, and a head with the same weight: as in T5."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.table, self.mix, self.head = (
+            nn.Embedding(40, 6),
+            nn.Embedding(40, 6),
+            nn.Linear(6, 6),
+            nn.Linear(6, 40, bias=False),
+        )
+        self.table.weight = self.head.weight = self.shared.weight
+        self.eval()
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.mix(self.table(ids)).relu())}
+
+
+def test_a_weight_that_an_idle_module_holds_too_is_stored_once(tmp_path: Path) -> None:
+    ids = torch.randint(0, 40, (16, 5))
+    found = quantized(WithTwin(), Widths(4, 8), x=ids)
+    assert set(found.allocation) == {"table", "mix", "head"} and not found.left_out and not found.warnings
+    size = found.save(tmp_path / "twin")
+    packed = read_packed(tmp_path / "twin")
+    assert not [name for name in packed.tensors if name.endswith(".weight")], "no weight in float32"
+    assert packed.tensors["subbyte.codes"].numel() == (40 * 6 + 36) // 2
+    loaded = load(tmp_path / "twin", into=WithTwin())
+    assert torch.equal(outputs(loaded, ids), outputs(found.model, ids))
+    assert loaded.shared is loaded.table and loaded.head.shares is not None
+    assert size == found.size_bytes
+
+
+def test_a_budget_counts_a_weight_that_an_idle_module_holds_too_once(tmp_path: Path) -> None:
+    ids = torch.randint(0, 40, (64, 5))
+    found = subbyte.quantize(WithTwin(), ids, budget=subbyte.Budget(average_bits=4.0))
+    assert found.plan is not None and found.save(tmp_path / "twin") == found.plan.allocation.size_bytes
 
 
 def test_a_model_without_codes_cannot_be_packed() -> None:

@@ -102,7 +102,8 @@ def prepare(
         old = quantized.get_submodule(layer.name)
         new = QuantizedLayer(old, layer.operator)
         new.shares = layer.shares
-        replace_module_(quantized, old, new)
+        for same in {id(one): one for one in (old, *map(quantized.get_submodule, layer.other_names))}.values():
+            replace_module_(quantized, same, new)
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None or not layer.operator.multiplies else Grid(activation_bits)
         weight_grid = replace(weights, bits=weight_bits, group=group_of(layer, weights.group))

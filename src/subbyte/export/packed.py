@@ -38,7 +38,7 @@ from subbyte.export.bits import pack, packed_size, unpack
 from subbyte.model.attention import products_of, put_products_
 from subbyte.model.fold import Fold
 from subbyte.model.input_factors import EXPONENTS, MOST
-from subbyte.model.operators import Convolution, Linear, operator_of
+from subbyte.model.operators import Convolution, Linear, operator_of, twins_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
 from subbyte.quantizers.granularity import group_count
@@ -109,8 +109,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     Raises:
         ModelError: if nothing in the model is quantized.
     """
-    layers = _quantized_layers(model)
-    if not layers:
+    if not (layers := _quantized_layers(model)):
         raise ModelError("nothing in this model is quantized, so there is nothing to pack")
     states = {name: layer.state() for name, layer in layers.items()}
     inputs = [state.activation for state in states.values() if state.activation is not None]
@@ -129,7 +128,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     }
     packed = {PREFIX + name: tensor for name, tensor in tensors.items() if tensor is not None}
     packed |= {name: tensor.detach().cpu().contiguous().clone() for name, tensor in _other_state(model, layers).items()}
-    products = products_of(model)
+    products, modules = products_of(model), list(layers.values())
     metadata = {
         "format_version": FORMAT_VERSION,
         "library": LIBRARY_VERSION,
@@ -137,7 +136,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
         "folds": [[fold.layer, fold.batch_norm] for fold in folds],
         "attention": {name: one.grid.bits for name, one in products.items()},
         "names": list(states),
-        "shares": [-1 if layer.shares is None else list(states).index(layer.shares) for layer in layers.values()],
+        "shares": [-1 if layer.shares is None else modules.index(model.get_submodule(layer.shares)) for layer in modules],  # type: ignore[arg-type]
         "shapes": [list(state.codes.shape) for state in states.values()],
         "channels": [state.scale.shape[0] for state in states.values()],
         "group": [state.weight_grid.group or 0 for state in states.values()],
@@ -312,7 +311,9 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
         if EXPONENTS in packed.metadata and packed.metadata[EXPONENTS][index]:
             inputs = _input_count(layer_state.codes.shape, packed.metadata["channels"][index])
             quantized.input_exponents = parts.take(EXPONENTS, inputs)
-        replace_module_(model, module, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]
+        rest = {other: one for other, one in model.named_modules() if f"{other}.weight" not in state and other not in names}
+        for same in (module, *(rest[other] for other in twins_of(module, rest))):
+            replace_module_(model, same, quantized.to(module.weight.device).eval())  # type: ignore[arg-type]
     expected = _other_state(model, _quantized_layers(model))
     if set(expected) != set(state):
         raise FileError(f"the file's remaining state differs from the model's: {sorted(set(expected) ^ set(state))[:5]}")

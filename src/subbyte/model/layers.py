@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, tensors
-from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of
+from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of, twins_of
 
 EXCLUDED = "excluded by the user"
 IDLE_BATCHES = 4  # so many batches without a new layer, and those not yet called are taken to be never called
@@ -26,7 +26,8 @@ class Layer:
 
     Args:
         name: qualified name in the model; the first one, if it has several.
-        other_names: further names of the same module.
+        other_names: further names of the same module, and of modules that are never called and whose weight is the same tensor, as T5 has
+            one beside its embedding.
         operator: its arithmetic.
         kind: the module's class and settings in words.
         weight_shape: shape of the weight.
@@ -167,15 +168,19 @@ def survey(
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise OptionError(f"no layer matches '{pattern}'; the layers are {', '.join(candidates) or 'none'}")
     calls = _observe(model, batches, {name: module for name, (module, _) in candidates.items()})
-    layers, left_out = [], []
+    layers: list[Layer] = []
+    left_out: list[LeftOut] = []
     for name in [*calls.inputs, *(name for name in candidates if name not in calls.inputs)]:
         module, operator = candidates[name]
+        if any(name in layer.other_names for layer in layers):
+            continue
         if name not in calls.inputs:
             left_out.append(_left_out(name, module, "never called in a forward"))
         elif not any(fnmatchcase(name, pattern) for pattern in include) or any(fnmatchcase(name, pattern) for pattern in exclude):
             left_out.append(_left_out(name, module, EXCLUDED))
         else:
-            layers.append(_layer(name, module, operator, calls.inputs[name], model))
+            idle = {other: candidates[other][0] for other in candidates if other not in calls.inputs}
+            layers.append(_layer(name, module, operator, calls.inputs[name], model, twins_of(module, idle)))
     for name, module in model.named_modules():
         if name not in candidates and any(True for _ in module.parameters(recurse=False)):
             left_out.append(_left_out(name, module, _why_not(module)))
@@ -293,7 +298,7 @@ def layer_input(name: str, args: tuple[object, ...], kwargs: dict[str, object]) 
     return x
 
 
-def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor], model: nn.Module) -> Layer:
+def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor], model: nn.Module, twins: Sequence[str]) -> Layer:
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     if not name:
@@ -305,9 +310,10 @@ def _layer(name: str, module: nn.Module, operator: Operator, inputs: list[Tensor
     positions = sum(operator.count(x)[1] for x in inputs)
     names = [other for other, found in model.named_modules(remove_duplicate=False) if found is module and other != name]
     tied = [other for other, found in model.named_modules() if found is not module and getattr(found, "weight", None) is weight]
+    tied = [other for other in tied if other not in twins]
     return Layer(
         name=name,
-        other_names=tuple(names),
+        other_names=(*names, *twins),
         operator=operator,
         kind=f"{type(module).__name__}({module.extra_repr()})",
         weight_shape=tuple(weight.shape),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from subbyte.model.convolution import Convolution
 from subbyte.model.linear import Linear, Lookup
 from subbyte.model.operator import Operator
 
-__all__ = ["Convolution", "Linear", "Lookup", "Operator", "operator_of"]
+__all__ = ["Convolution", "Linear", "Lookup", "Operator", "operator_of", "twins_of"]
 
 
 def operator_of(module: nn.Module) -> Operator | None:
@@ -42,6 +43,27 @@ def operator_of(module: nn.Module) -> Operator | None:
         if isinstance(module, kind) and inherited:
             return Convolution.of(module)
     return None
+
+
+def twins_of(module: nn.Module, others: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the modules that are as good as another one: they do the same with the same tensors.
+
+    Args:
+        module: a layer that can be quantized.
+        others: modules by name.
+
+    Example:
+        >>> one, other = nn.Linear(2, 3, bias=False), nn.Linear(2, 3, bias=False)
+        >>> other.weight = one.weight
+        >>> twins_of(one, {"other": other, "third": nn.Linear(2, 3)})
+        ['other']
+    """
+
+    def same(other: nn.Module) -> bool:
+        weights = getattr(other, "weight", None) is module.weight and getattr(other, "bias", None) is getattr(module, "bias", None)
+        return other is not module and weights and operator_of(other) == operator_of(module)
+
+    return [name for name, other in others.items() if same(other)]
 
 
 def _is_conv1d(module: nn.Module) -> bool:
