@@ -241,6 +241,24 @@ def test_a_weight_that_an_idle_module_holds_too_is_stored_once(tmp_path: Path) -
     assert size == found.size_bytes
 
 
+class Written(nn.Linear):
+    """Computes what a linear layer computes, in words of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that nn.Linear has
+        return input @ self.weight.T + self.bias
+
+
+def test_a_layer_with_a_forward_of_its_own_that_computes_the_same_is_loaded(tmp_path: Path) -> None:
+    def build() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(6, 8), Written(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+    found = subbyte.quantize(build(), torch.randn(64, 6), widths=Widths(4, 8))
+    assert set(found.allocation) == {"0", "1", "4"} and len(found.folds) == 1
+    found.save(tmp_path / "own")
+    x = torch.randn(9, 6)
+    assert torch.equal(load(tmp_path / "own", into=build())(x), found.model(x))
+
+
 def test_a_budget_counts_a_weight_that_an_idle_module_holds_too_once(tmp_path: Path) -> None:
     ids = torch.randint(0, 40, (64, 5))
     found = subbyte.quantize(WithTwin(), ids, budget=subbyte.Budget(average_bits=4.0))

@@ -117,6 +117,39 @@ def test_a_subclass_with_its_own_forward_is_left_out_with_a_reason() -> None:
     assert "Standardised has a forward of its own" in reasons(found)["0"]
 
 
+class Written(nn.Linear):
+    """Computes what a linear layer computes, in words of its own, as the layers of Falcon do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+class Scaled(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class WithTwo(nn.Linear):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return super().forward(x) * factor
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.two, self.written = Scaled(4, 4), WithTwo(4, 4), Written(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.written(self.two(self.table(x), 1.0))
+
+
+def test_a_subclass_whose_own_forward_computes_the_same_is_a_layer() -> None:
+    found, _ = survey(Calls().eval(), [torch.randint(0, 4, (5, 3))])
+    assert names(found) == ["written"]
+    assert "Scaled has a forward of its own" in reasons(found)["table"]
+    assert "WithTwo has a forward of its own" in reasons(found)["two"]
+
+
 class Experts(nn.Module):
     """Sends each batch to one of its experts, by the sign of its sum."""
 

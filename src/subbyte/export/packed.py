@@ -302,7 +302,7 @@ def _build(packed: PackedModel, into: nn.Module) -> nn.Module:
     names, shares, parts = packed.metadata["names"], packed.metadata["shares"], _Parts(packed.tensors)
     for index, (name, layer_state) in enumerate(layer_states(packed)):
         module = model.get_submodule(name)
-        operator = operator_of(module)
+        operator = operator_of(module, own_forward=True)
         if operator is None or tuple(module.weight.shape) != tuple(layer_state.codes.shape):  # type: ignore[arg-type]
             raise FileError(f"layer '{name}' of the file is a {tuple(layer_state.codes.shape)} weight, the model's is {module}")
         quantized = QuantizedLayer(module, operator)

@@ -179,7 +179,7 @@ def _apply_(model: nn.Module, fold: Fold) -> _Undo:
     affine = _norm_output(norm)
     factor = affine.gamma / torch.sqrt(norm.running_var + affine.epsilon)
     undo = _Undo(layer, weight, bias, norm, nn.Identity().train(norm.training))
-    operator = operator_of(layer)
+    operator = operator_of(layer, own_forward=True)
     assert operator is not None
     layer.weight = nn.Parameter(weight * operator.per_channel(factor, weight), requires_grad=False)
     mean = norm.running_mean if bias is None else norm.running_mean - bias

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -14,7 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from subbyte.errors import LayerError, ModelError, OptionError
 from subbyte.model.batches import Batch, call, describe, tensors
-from subbyte.model.operators import Convolution, Linear, Lookup, Operator, operator_of, twins_of
+from subbyte.model.operators import Convolution, Linear, Lookup, Operator, computes, operator_of, twins_of
 
 EXCLUDED = "excluded by the user"
 IDLE_BATCHES = 4  # so many batches without a new layer, and those not yet called are taken to be never called
@@ -162,8 +163,12 @@ def survey(
         ('0', 6)
     """
     candidates = {
-        name: (module, operator) for name, module in model.named_modules() if (operator := operator_of(module)) and not _is_dressed(module)
+        name: (module, operator)
+        for name, module in model.named_modules()
+        if (operator := operator_of(module, own_forward=True)) and not _is_dressed(module)
     }
+    others = _others(model, batches, candidates)
+    candidates = {name: some for name, some in candidates.items() if name not in others}
     for pattern in (*include, *exclude) if candidates else ():
         if not any(fnmatchcase(name, pattern) for name in candidates):
             raise OptionError(f"no layer matches '{pattern}'; the layers are {', '.join(candidates) or 'none'}")
@@ -191,6 +196,31 @@ def survey(
             f"modules found: {seen}"
         )
     return Survey(_with_shared(layers), tuple(left_out)), calls.output
+
+
+def _others(model: nn.Module, batches: Sequence[Batch], candidates: Mapping[str, tuple[nn.Module, Operator]]) -> set[str]:
+    """Names of the subclasses of torch's layers with a forward of their own that is not found to compute the same, on the first batch."""
+    unproved = {name: some for name, some in candidates.items() if operator_of(some[0]) is None}
+    if not unproved:
+        return set()
+    verdicts: dict[str, bool] = {}
+
+    def check(name: str, module: nn.Module, operator: Operator):  # type: ignore[no-untyped-def]
+        def hook(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object], output: object) -> None:
+            given = [*args, *kwargs.values()]
+            same = len(given) == 1 and isinstance(given[0], Tensor) and computes(operator, module, given[0], output)
+            verdicts[name] = verdicts.get(name, True) and same
+
+        return hook
+
+    handles = [module.register_forward_hook(check(name, module, op), with_kwargs=True) for name, (module, op) in unproved.items()]
+    try:
+        with torch.no_grad(), contextlib.suppress(Exception):  # which the pass that follows meets again, and reports
+            call(model, batches[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name for name in unproved if not verdicts.get(name)}
 
 
 def _with_shared(layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -343,7 +373,7 @@ def _why_not(module: nn.Module) -> str:
         return "is parametrized; torch.nn.utils.parametrize.remove_parametrizations first, to have it quantized"
     if operator_of(module) is not None:
         return "has forward hooks (weight_norm, spectral_norm or the user's); remove them first, to have it quantized"
-    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.Embedding) and getattr(module, "max_norm", None) is None:
         return f"{type(module).__name__} has a forward of its own, which is not torch's"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "rewrites its weight in every forward (max_norm)"
