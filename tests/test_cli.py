@@ -550,10 +550,11 @@ def test_export_writes_a_file_that_evaluate_reads(folder: Path, run: Run) -> Non
     assert refused.code == 5 and "exists" in refused.data["error"]["message"]
 
 
-@pytest.mark.parametrize("name", ["light", "advanced", "relaxed"])
+@pytest.mark.parametrize("name", ["light", "advanced", "relaxed", "weight-only"])
 def test_recipes_by_name(run: Run, name: str) -> None:
     done = run(f"{QUANTIZE} --recipe {name} --weight-bits 4 --json --out a.st")
     assert done.code == 0, done.err
+    assert {layer["activation_bits"] for layer in done.data["layers"]} == {None if name == "weight-only" else 8}
     wanted = ["BatchNormTuning"] if name == "light" else ["BatchNormTuning", "BiasTuning"]
     assert done.data["recipe"]["refinements"] == wanted
     assert done.data["loss"] <= done.data["measured"]["loss"]

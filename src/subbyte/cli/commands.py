@@ -72,8 +72,6 @@ from subbyte.cli.options import (
     OutputOption,
     PackedOption,
     PinOption,
-    RecipeName,
-    RecipeOption,
     ReportOption,
     SamplesOption,
     SeedOption,
@@ -86,11 +84,11 @@ from subbyte.cli.options import (
     check_positive,
     new_folder,
     preprocessing_from,
-    recipe_from,
     set_threads_,
     shape_from,
     widths_from,
 )
+from subbyte.cli.recipe_names import RecipeName, RecipeOption, inputs_of, recipe_from
 from subbyte.cli.show import allocation_text, as_json, evaluation_text, frontier_text, result_data, survey_data, survey_text
 from subbyte.errors import OptionError
 from subbyte.export.onnx_model import OnnxModel
@@ -163,7 +161,8 @@ def quantize(
     budget = budget_from(limits, minimize, choices, runs_on, best_effort=best_effort, classifier=classifier)
     if budget is not None and (weight_bits is not None or activation_bits is not None):
         raise OptionError("a budget chooses the widths; --weight-choices and --activation-choices say among which, --pin fixes a layer's")
-    widths = widths_from(weight_bits, activation_bits, keep_8bit, pin, include, exclude) if budget is None else None
+    inputs = inputs_of(recipe) if activation_bits is None else activation_bits
+    widths = widths_from(weight_bits, inputs, keep_8bit, pin, include, exclude) if budget is None else None
     if widths is not None and runs_on is not None:
         widths_on(widths, runs_on)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from enum import StrEnum
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
-from subbyte import Flavour, Recipe, Widths, advanced, default, light, relaxed, rounding, thorough
+from subbyte import Flavour, Widths
 from subbyte.errors import FileError, OptionError
 from subbyte.tasks import ChannelOrder, Preprocessing
 from subbyte.widths import Option
@@ -61,7 +59,11 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 WeightBitsOption = Annotated[int | None, typer.Option("--weight-bits", metavar="2..8", help="Bits of the weights. Default 8.")]
 ActivationBitsOption = Annotated[
     str | None,
-    typer.Option("--activation-bits", metavar="2..8|none", help="Bits of the layers' inputs; 'none' leaves them in float32. Default 8."),
+    typer.Option(
+        "--activation-bits",
+        metavar="2..8|none",
+        help="Bits of the layers' inputs; 'none' leaves them in float32. Default 8.",
+    ),
 ]
 KeepOption = Annotated[list[str] | None, typer.Option("--keep-8bit", metavar="NAME", help="Give this layer 8 bits; repeatable, globs too.")]
 PinOption = Annotated[
@@ -85,35 +87,6 @@ FlavourOption = Annotated[
 ]
 
 
-class RecipeName(StrEnum):
-    """Recipes by name.
-
-    Example:
-        >>> RecipeName("light").recipe().solver.name
-        'RoundToNearest'
-    """
-
-    DEFAULT = "default"
-    ROUNDING = "rounding"
-    LIGHT = "light"
-    ADVANCED = "advanced"
-    RELAXED = "relaxed"
-    THOROUGH = "thorough"
-
-    def recipe(self) -> Recipe:
-        """The recipe."""
-        makers: dict[RecipeName, Callable[[], Recipe]] = {
-            RecipeName.DEFAULT: default,
-            RecipeName.ROUNDING: rounding,
-            RecipeName.LIGHT: light,
-            RecipeName.ADVANCED: advanced,
-            RecipeName.RELAXED: relaxed,
-            RecipeName.THOROUGH: thorough,
-        }
-        return makers[self]()
-
-
-RecipeOption = Annotated[RecipeName, typer.Option("--recipe", help="The steps of the run; 'rounding' is the baseline.")]
 SeedOption = Annotated[int, typer.Option("--seed", metavar="N", help="Of everything random; the same seed gives the same bits.")]
 OutOption = Annotated[
     str,
@@ -145,7 +118,7 @@ InputShapeOption = Annotated[
 
 def widths_from(
     weight_bits: int | None,
-    activation_bits: str | None,
+    activation_bits: str,
     keep: Sequence[str] | None,
     pins: Sequence[str] | None,
     include: Sequence[str] | None = None,
@@ -155,7 +128,7 @@ def widths_from(
 
     Args:
         weight_bits: as given; None: 8.
-        activation_bits: a number or ``none``; None: 8.
+        activation_bits: a number or ``none``.
         keep: names or globs of layers at 8 bits.
         pins: ``NAME=W`` or ``NAME=W,A``.
         include: globs of the only layers to quantize; None or none means all.
@@ -168,7 +141,7 @@ def widths_from(
         >>> widths_from(4, "none", ["conv1"], ["fc=8,6", "up=3"]).pinned
         {'conv1': (8, None), 'fc': (8, 6), 'up': (3, None)}
     """
-    activation = bits_or_none("--activation-bits", "8" if activation_bits is None else activation_bits)
+    activation = bits_or_none("--activation-bits", activation_bits)
     pinned = pins_from(keep, pins, float_inputs=activation is None)
     return Widths(8 if weight_bits is None else weight_bits, activation, pinned, include=include or ("*",), exclude=exclude or ())
 
@@ -201,30 +174,6 @@ def pins_from(keep: Sequence[str] | None, pins: Sequence[str] | None, *, float_i
         pinned.pop(name, None)  # so that the last one wins over globs before it, too
         pinned[name] = (bits, bits_or_none(f"--pin '{pin}'", inputs) if inputs else same)
     return pinned
-
-
-def recipe_from(
-    name: RecipeName, flavour: Flavour | None, grouping: tuple[int | None, int | None] = (None, None), *, symmetric: bool
-) -> Recipe:
-    """The recipe that the options name.
-
-    Args:
-        name: as given.
-        flavour: None keeps the recipe's own.
-        grouping: weights that share a step, None: all of an output channel; and bits of attention's factors, None: float32.
-        symmetric: whether weights have no zero-points.
-
-    Raises:
-        OptionError: if the group size is below 1, or attention bits are outside 2 to 8.
-
-    Example:
-        >>> recipe_from(RecipeName.ROUNDING, None, symmetric=False).solver.name
-        'RoundToNearest'
-    """
-    group_size, attention_bits = grouping
-    check_positive("--group-size", group_size)
-    recipe = replace(name.recipe(), symmetric_weights=symmetric, weight_group=group_size, attention_bits=attention_bits)
-    return recipe if flavour is None else replace(recipe, flavour=flavour)
 
 
 def preprocessing_from(
