@@ -84,6 +84,11 @@ def test_the_figures_of_the_encoders_file_are_those_of_its_row(monkeypatch: pyte
     assert f"simulation {row['agreement']:.2f} %, top-1 {row['accuracy']:.2f} %" in RESULTS
 
 
+def test_the_table_of_layouts_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    assert benchmark("architectures", monkeypatch).table(rows("architectures")) in RESULTS
+
+
 def test_the_tables_of_the_recipes_are_those_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     module = benchmark("recipes", monkeypatch)
     assert module.recipes_table(rows("recipes")) in RESULTS
