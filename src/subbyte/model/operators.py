@@ -58,6 +58,7 @@ def computes(operator: Operator, module: nn.Module, x: Tensor, output: object) -
         output: what it returned.
 
     Example:
+        >>> import torch
         >>> layer, x = nn.Linear(2, 3), torch.randn(4, 2)
         >>> computes(Linear(), layer, x, layer(x)), computes(Linear(), layer, x, layer(x).relu() - 1)
         (True, False)
