@@ -62,7 +62,7 @@ ActivationBitsOption = Annotated[
     typer.Option(
         "--activation-bits",
         metavar="2..8|none",
-        help="Bits of the layers' inputs; 'none' leaves them in float32. Default 8.",
+        help="Bits of the layers' inputs; 'none' leaves them in float32. Default 8, of the recipe weight-only none.",
     ),
 ]
 KeepOption = Annotated[list[str] | None, typer.Option("--keep-8bit", metavar="NAME", help="Give this layer 8 bits; repeatable, globs too.")]

@@ -373,8 +373,8 @@ def _why_not(module: nn.Module) -> str:
         return "is parametrized; torch.nn.utils.parametrize.remove_parametrizations first, to have it quantized"
     if operator_of(module) is not None:
         return "has forward hooks (weight_norm, spectral_norm or the user's); remove them first, to have it quantized"
-    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.Embedding) and getattr(module, "max_norm", None) is None:
-        return f"{type(module).__name__} has a forward of its own, which is not torch's"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "rewrites its weight in every forward (max_norm)"
+    if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | nn.Embedding):
+        return f"{type(module).__name__} has a forward of its own, which is not torch's"
     return "not a linear or convolutional layer or an embedding"

@@ -159,4 +159,4 @@ def _much_in_float(found: Survey) -> list[str]:
         return []
     largest = "; ".join(f"{one.name} ({one.kind}, {one.parameters} parameters): {one.reason}" for one in left[:MOST_NAMED])
     more = f"; and {len(left) - MOST_NAMED} smaller ones" if len(left) > MOST_NAMED else ""
-    return [f"{share:.0%} of the weights stay in float32, since they are in nothing that can be quantized: {largest}{more}"]
+    return [f"{share:.0%} of the weights stay in float32: {largest}{more}"]
