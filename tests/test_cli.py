@@ -176,14 +176,14 @@ def test_an_own_model_becomes_a_file_of_exactly_the_promised_size(run: Run, fold
 
 
 def test_quantize_as_json(run: Run, folder: Path) -> None:
-    done = run(f"{QUANTIZE} --affine --flavour parallel --samples 24 --seed 3 --exclude head --activation-bits none --json --out a.st")
+    done = run(f"{QUANTIZE} --symmetric --flavour parallel --samples 24 --seed 3 --exclude head --activation-bits none --json --out a.st")
     assert done.code == 0, done.err
     data = done.data
     assert data["out"] == "a.st" and data["size_bytes"] == (folder / "a.st").stat().st_size
     assert [layer["name"] for layer in data["layers"]] == ["stem", "block.grouped"]
     assert {left["name"]: left["reason"] for left in data["left_out"]}["head"] == "excluded by the user"
     assert data["folds"] == [{"layer": "block.grouped", "batch_norm": "block.norm"}]
-    assert data["recipe"]["flavour"] == "parallel" and data["recipe"]["symmetric_weights"] is False
+    assert data["recipe"]["flavour"] == "parallel" and data["recipe"]["symmetric_weights"] is True
     assert (data["measured"]["samples"], data["seed"]) == (24, 3)
     assert data["widths"]["activation_bits"] is None and data["layers"][0]["activation_bits"] is None
 
@@ -204,7 +204,7 @@ def test_the_recipe_rounding_rounds(run: Run) -> None:
     assert done.data["recipe"] == {
         "solver": "RoundToNearest",
         "flavour": "parallel",
-        "symmetric_weights": True,
+        "symmetric_weights": False,
         "weight_group": None,
         "fold_batch_norms": True,
         "refinements": [],

@@ -26,7 +26,7 @@ from subbyte.export.pretrained import load_pretrained
 from subbyte.export.targets import OnnxRuntimeCPU, OpenVINOCPU, Simulation, Target, TensorRT
 from subbyte.model.equalize import Equalization
 from subbyte.pipeline import quantize
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import Grid, WeightGrids
 from subbyte.quantizers.ranges import LeastOutputError, MinMax, Percentile, Range
 from subbyte.recipes import Recipe, advanced, default, light, relaxed, rounding, thorough, weight_only
 from subbyte.result import Result
@@ -89,6 +89,7 @@ __all__ = [
     "Target",
     "TensorRT",
     "Timing",
+    "WeightGrids",
     "Widths",
     "advanced",
     "default",

@@ -19,7 +19,7 @@ from subbyte.calibrate.whole import MIXTURES
 from subbyte.choices import Choices
 from subbyte.errors import OptionError
 from subbyte.model.equalize import Equalization
-from subbyte.quantizers.grid import MAX_BITS, Grid
+from subbyte.quantizers.grid import Grid, WeightGrids
 from subbyte.tune.batch_norm import BatchNormTuning
 from subbyte.tune.bias import BiasTuning
 
@@ -33,7 +33,8 @@ class Recipe:
         baseline: what the solver has to beat on held-out rows, layer by layer, and on held-out samples as a whole.
         flavour: whether a layer sees the float input or what the quantized layers before it make of it.
         sampling: rows for each layer, and the share of samples that judge.
-        symmetric_weights: True: weight zero-points are 0; False: one for each step.
+        symmetric_weights: True: weight zero-points are 0. False: one for each step, of weights with fewer than 8 bits; they cost a byte of
+            the file each, and nothing where it runs.
         weight_group: how many consecutive weights of an output channel of a linear layer, or of a row of an embedding, share a step and
             zero-point, for example 64; None: all of them, as in convolutions in any case.
         behind_clips: whether a layer's error counts only as far as what follows reads of its output, behind a ReLU for example. Finding
@@ -65,7 +66,7 @@ class Recipe:
     baseline: Solver = RoundToNearest()
     flavour: Flavour = Flavour.SEQUENTIAL
     sampling: RowSampling = RowSampling()
-    symmetric_weights: bool = True
+    symmetric_weights: bool = False
     weight_group: int | None = None
     behind_clips: bool = True
     attention_bits: int | None = None
@@ -85,9 +86,9 @@ class Recipe:
         _ = self.weights  # refuses an impossible group
 
     @property
-    def weights(self) -> Grid:
-        """What the grids of all weights have in common; of 8 bits, where widths do not say otherwise."""
-        return Grid(MAX_BITS, self.symmetric_weights, self.weight_group)
+    def weights(self) -> WeightGrids:
+        """What the grids of all weights have in common."""
+        return WeightGrids(self.symmetric_weights, self.weight_group)
 
     @property
     def method(self) -> Method:

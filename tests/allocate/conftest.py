@@ -16,7 +16,7 @@ from subbyte.calibrate.models import Models, at_option, prepare, state_of
 from subbyte.calibrate.reconstruct import Solved, reconstruct
 from subbyte.model.batches import as_batches
 from subbyte.model.layers import survey
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import WeightGrids
 from subbyte.run.bank import Bank
 from subbyte.run.events import ignore
 from subbyte.widths import Option
@@ -61,7 +61,7 @@ def case(model: nn.Module, samples: Tensor) -> Case:
     data = CalibrationSet.drawn(as_batches(samples), 0.25, 0)
     found, _ = survey(model, data.batches)
     options = {layer.name: OPTIONS for layer in found.layers}
-    models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, Grid(8, symmetric=True))
+    models = prepare(model, found.layers, {name: row[0] for name, row in options.items()}, {}, {}, WeightGrids(symmetric=True))
     # With fine ridges what 8-bit codes change has other effects of higher order: Fisher then gives up to 1.16 times what is measured,
     # and 1.5 times for a layer that is called twice.
     method = Recipe(solver=Lattice(fine_ridges=())).method

@@ -224,7 +224,7 @@ def test_ties_pins_and_tables_of_seconds() -> None:
 def test_other_budgets_reuse_what_was_solved_and_measured() -> None:
     bank, events = Bank(), list[Event]()
     quantized(Budget(size=0.2), bank=bank)
-    subbyte.quantize(build(), SAMPLES, budget=Budget(size=0.16), observer=events.append, bank=bank)
+    subbyte.quantize(build(), SAMPLES, budget=Budget(size=0.18), observer=events.append, bank=bank)
     assert not any(isinstance(event, LayerSolved) and event.stage == "reconstruct" for event in events)
     parallel = subbyte.quantize(build(), SAMPLES, budget=Budget(size=0.2), recipe=Recipe(flavour=Flavour.PARALLEL), bank=bank)
     fresh = subbyte.quantize(build(), SAMPLES, budget=Budget(size=0.2), recipe=Recipe(flavour=Flavour.PARALLEL))

@@ -58,7 +58,8 @@ def test_hybrid_has_the_codes_of_parallel_and_does_better() -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(part for _ in range(4) for part in (torch.nn.Linear(16, 16), torch.nn.ReLU())), torch.nn.Linear(16, 4))
     data = torch.randn(256, 16)
-    results = {flavour: quantize(model.eval(), data, widths=Widths(3, 4), recipe=Recipe(flavour=flavour)) for flavour in Flavour}
+    recipes = {flavour: Recipe(flavour=flavour, symmetric_weights=True) for flavour in Flavour}
+    results = {flavour: quantize(model.eval(), data, widths=Widths(3, 4), recipe=recipe) for flavour, recipe in recipes.items()}
     parallel, hybrid = (results[flavour] for flavour in (Flavour.PARALLEL, Flavour.HYBRID))
     for name in parallel.allocation:
         assert torch.equal(parallel.model.get_submodule(name).codes, hybrid.model.get_submodule(name).codes)

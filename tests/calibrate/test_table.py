@@ -48,7 +48,7 @@ def test_rows_on_the_grid_come_back_exactly() -> None:
         codes = torch.randint(-8, 8, (40, 12), generator=torch.Generator().manual_seed(0))
         codes[:, 0] = -8
         model.words.weight.copy_(codes * torch.linspace(0.01, 0.3, 40)[:, None])
-    result = subbyte.quantize(model, ids(), widths=subbyte.Widths(4, 8))
+    result = subbyte.quantize(model, ids(), widths=subbyte.Widths(4, 8), recipe=subbyte.Recipe(symmetric_weights=True))
     weight = result.model.get_submodule("words").weight
     assert isinstance(weight, Tensor)
     torch.testing.assert_close(weight, model.words.weight.detach(), rtol=1e-6, atol=0)

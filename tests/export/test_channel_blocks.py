@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import subbyte
+from subbyte.model.quantized_layer import QuantizedLayer
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -101,8 +103,13 @@ def test_the_file_computes_what_the_simulation_computes(net: type[nn.Module], bi
 def test_affine_weights_of_8_bits_have_no_such_kernel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = torch.randn(32, 3, 10, 10)
-    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), flavour=subbyte.Flavour.PARALLEL, symmetric_weights=False)
-    subbyte.quantize(Chain().eval(), data, widths=subbyte.Widths(8, 8), recipe=recipe).export_onnx(tmp_path / "m.onnx", threads=1)
+    result = subbyte.quantize(Chain().eval(), data, widths=subbyte.Widths(8, 8), recipe=subbyte.rounding())
+    for layer in result.model.modules():
+        if isinstance(layer, QuantizedLayer):
+            state, middle = layer.state(), 128
+            zeros = torch.full_like(state.zero_point, middle)
+            layer.assign_(replace(state, codes=state.codes + middle, zero_point=zeros, weight_grid=subbyte.Grid(8)))
+    result.export_onnx(tmp_path / "m.onnx", threads=1)
     assert not {"Pad", "Slice"} & {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
 
 

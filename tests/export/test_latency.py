@@ -81,14 +81,14 @@ def test_affine_weights_run_in_int8_at_any_width() -> None:
     module = nn.Conv2d(4, 8, 3)
     operator = operator_of(module)
     assert operator is not None
-    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8, subbyte.Grid(8)), ((7, 8), (8, 8)), OnnxRuntimeCPU())
+    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8), ((7, 8), (8, 8)), OnnxRuntimeCPU())
     assert [operators(file.content) for file in files.values()] == [["QLinearConv"]] * 2
 
 
 @pytest.mark.parametrize("target", [OnnxRuntimeCPU(), subbyte.Simulation()], ids=lambda target: target.name)
 def test_column_groups_are_timed_where_the_runtime_does_not_fail(target: Target) -> None:
     model, x = nn.Sequential(nn.Linear(32, 8)).eval(), torch.randn(8, 5, 32)
-    timing = Timing(target, threads=1, weights=subbyte.Grid(8, symmetric=True, group=16))
+    timing = Timing(target, threads=1, weights=subbyte.WeightGrids(symmetric=True, group=16))
     assert list(subbyte.profile(model, x, timing, choices=Choices((4,), activation_bits=(8,))).seconds["0"]) == [(4, 8)]
     with pytest.raises(OptionError, match=r"layer '0' cannot be timed at \(8, 8\): .* every 16 inputs"):
         subbyte.profile(model, x, timing, choices=Choices((4, 8), activation_bits=(8,)))
@@ -96,8 +96,8 @@ def test_column_groups_are_timed_where_the_runtime_does_not_fail(target: Target)
 
 def test_a_profile_of_other_weights_is_refused() -> None:
     given = Profile(TIMING, 1, "none", {}, {name: {(8, 8): LayerTime(1.0, 1.0)} for name in ("0", "2", "5")})
-    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=False)
-    with pytest.raises(OptionError, match="profile is of weights on Grid.bits=8, symmetric=True"):
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=True)
+    with pytest.raises(OptionError, match="profile is of weights on WeightGrids.symmetric=False"):
         subbyte.quantize(net(), DATA, budget=Budget(latency=9.0, seconds=given, choices=Choices((8,))), recipe=recipe)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.export.pack_quantized import _packed_rows
 from subbyte.model.quantized_layer import QuantizedLayer
 
+SYMMETRIC = replace(subbyte.rounding(), symmetric_weights=True)
 MIXED = Widths(4, None, pinned={"0": (8, None), "4": (3, None)}, exclude=["6"])
 
 
@@ -49,6 +51,7 @@ def test_the_folder_holds_what_the_layout_asks_for(tmp_path: Path) -> None:
     model = net()
     result = quantized(model)
     done = result.export_compressed_tensors(tmp_path / "out")
+    assert done.with_zero_points == () and "zero-points" not in str(done)
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert done.size_bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -81,7 +84,9 @@ def test_compressed_tensors_reads_it(symmetric: bool, group: int | None, tmp_pat
 
     widths = MIXED if group is None else Widths(4, None, pinned={"4": (3, None)}, exclude=["0", "6"])
     result = quantized(net(), symmetric=symmetric, widths=widths, group=group)
-    result.export_compressed_tensors(tmp_path)
+    done = result.export_compressed_tensors(tmp_path)
+    affine = () if symmetric else tuple(name for name in ("0", "2", "4") if name in result.allocation and result.allocation[name][0] < 8)
+    assert done.with_zero_points == affine and ("transformers does not read" in str(done)) == bool(affine)
     config = QuantizationConfig(**json.loads((tmp_path / "config.json").read_text())["quantization_config"])
     model, compressor = net(), ModelCompressor(quantization_config=config)
     apply_quantization_config(model, config)
@@ -108,7 +113,7 @@ def test_transformers_reads_it(tmp_path: Path) -> None:
     model = transformers.LlamaForCausalLM(config).eval()
     tokens = torch.randint(0, 50, (32, 12))
     widths = Widths(4, None, pinned={"*down_proj": (8, None)}, exclude=["lm_head", "*embed_tokens"])
-    result = subbyte.quantize(model, [{"input_ids": tokens, "use_cache": False}], widths=widths, recipe=subbyte.rounding())
+    result = subbyte.quantize(model, [{"input_ids": tokens, "use_cache": False}], widths=widths, recipe=SYMMETRIC)
     result.export_compressed_tensors(tmp_path / "llama")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "llama")
     with torch.no_grad():

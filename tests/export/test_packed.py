@@ -30,7 +30,7 @@ from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.grid import Grid
 from subbyte.run.files import write_file
 
-SYMMETRIC = subbyte.rounding()
+SYMMETRIC = replace(subbyte.rounding(), symmetric_weights=True)
 AFFINE = replace(SYMMETRIC, symmetric_weights=False)
 RECIPES = [replace(recipe, weight_group=group) for recipe in (SYMMETRIC, AFFINE) for group in (None, 1, 3, 64)]
 
@@ -150,7 +150,7 @@ def test_two_widths_differ_by_their_codes_only(inputs: int, outputs: int, symmet
 def test_half_the_bits_are_half_the_codes() -> None:
     torch.manual_seed(0)
     x, float_model = torch.randn(16, 256), nn.Sequential(nn.Linear(256, 256)).eval()
-    eight, four, two = (quantized(float_model, Widths(bits, 8), x=x).size_bytes for bits in (8, 4, 2))
+    eight, four, two = (quantized(float_model, Widths(bits, 8), SYMMETRIC, x=x).size_bytes for bits in (8, 4, 2))
     assert (eight - four, four - two) == (32768, 16384)
     assert two < 4 * 256 * 256 / 16 + 4000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from subbyte import LayerError, OptionError, TensorRT, Widths
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+SYMMETRIC = replace(subbyte.rounding(), symmetric_weights=True)  # as INT4 has to be
 pytestmark = pytest.mark.filterwarnings("ignore::subbyte.export.onnx.ExportWarning", "ignore::ResourceWarning")
 KINDS = onnx.TensorProto
 
@@ -88,7 +90,7 @@ def test_the_file_computes_what_its_simulation_computes(exported: tuple[subbyte.
 
 def test_linear_weights_of_4_bits_are_int4_in_blocks(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(128, 24), nn.ReLU(), nn.Linear(24, 8)).eval()
-    result = subbyte.quantize(model, torch.randn(64, 6, 128), widths=Widths(4, None, pinned={"2": (8, 8)}), recipe=subbyte.rounding())
+    result = subbyte.quantize(model, torch.randn(64, 6, 128), widths=Widths(4, None, pinned={"2": (8, 8)}), recipe=SYMMETRIC)
     done = result.export_onnx(tmp_path / "m.onnx", TensorRT(), threads=1)
     assert done.verification.kernels == {"0": "MatMul, INT4 weights", "2": "MatMul, INT8"}
     (codes,) = [tensor for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if tensor.data_type == KINDS.INT4]
@@ -102,14 +104,15 @@ def test_linear_weights_of_4_bits_are_int4_in_blocks(tmp_path: Path) -> None:
     [
         (Widths(8, 8, pinned={"0": (8, 4)}), True, "0"),  # codes of 4 bits need a clip
         (Widths(8, 8, pinned={"2": (4, None)}), True, "2"),  # no INT4 in convolutions
-        (Widths(8, 8), False, "0"),  # zero-points of 8-bit weights
+        (Widths(4, None), False, "0"),  # no zero-points in INT4
     ],
     ids=["narrow input", "INT4 convolution", "affine weights"],
 )
 def test_what_it_has_no_kernel_for_is_an_error(widths: Widths, symmetric: bool, layer: str, tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)).eval()
+    linear = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 3)) if symmetric else linear).eval()
     recipe = subbyte.Recipe(solver=subbyte.RoundToNearest(), symmetric_weights=symmetric)
-    result = subbyte.quantize(model, torch.randn(16, 3, 8, 8), widths=widths, recipe=recipe)
+    result = subbyte.quantize(model, torch.randn(16, 3, 8, 8) if symmetric else torch.randn(16, 64), widths=widths, recipe=recipe)
     with pytest.raises(LayerError, match=f"layer '{layer}': does not run in int8 in TensorRT"):
         result.export_onnx(tmp_path / "m.onnx", TensorRT(), threads=1)
 

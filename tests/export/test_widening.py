@@ -44,13 +44,15 @@ def test_widened_codes_are_the_codes(layers: list[tuple[int, bool, int]], seed: 
     for index, (bits, symmetric, count) in enumerate(layers):
         grid = Grid(bits, symmetric=symmetric or bits == 8)
         codes = chance.integers(grid.lowest, grid.highest + 1, (count, 3)).astype(np.int16)
-        zero = None if grid.symmetric else chance.integers(0, grid.highest + 1, (count, 1)).astype(np.int32)
-        stored[str(index)] = Stored(codes, grid, zero)
+        group = [None, 1, 3][index % 3]
+        zeros = (count, 1) if group is None else (count, 3 // group, 1)
+        zero = None if grid.symmetric else chance.integers(0, grid.highest + 1, zeros).astype(np.int32)
+        stored[str(index)] = Stored(codes, grid, zero, group)
     builder = empty()
     values = widen_(builder, stored)
     for (key, item), codes in zip(stored.items(), values_of(builder, [values[key] for key in stored], ir.DataType.INT8), strict=True):
-        expected = item.codes - (0 if item.zero_point is None else item.zero_point)
-        assert codes.dtype == np.int8 and np.array_equal(codes, expected), key
+        zeros = 0 if item.zero_point is None else item.zero_point.repeat(item.group or 3, axis=-1).reshape(len(item.codes), -1)
+        assert codes.dtype == np.int8 and np.array_equal(codes, item.codes - zeros) and np.array_equal(codes, item.levels()), key
 
 
 def layer(channels: int, chance: np.random.Generator) -> LayerConstants:

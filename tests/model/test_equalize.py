@@ -171,7 +171,7 @@ def test_a_layer_that_is_called_twice_is_left_alone() -> None:
 
 
 def test_rounding_at_few_bits_loses_less_and_the_receipt_says_what_was_done() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model, x = (
         uneven(nn.Sequential(conv(6, 16), nn.ReLU(), conv(16, 16, groups=16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 5))),
         torch.randn(96, 6, 8, 8),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subbyte.errors import OptionError
 from subbyte.quantizers.affine import dequantize, fake_quantize, quantize, scale_and_zero_point, soft_quantize
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import Grid, WeightGrids
 
 ROUNDING = 1e-4  # of a step: what float32 may add to half a step at 8 bits
 
@@ -174,3 +174,12 @@ def test_soft_gradients_pass_inside_the_range_and_end_outside() -> None:
         assert gradients[0].tolist() == [float(k == 1 and part == 1) for k in range(3)]
         assert float(gradients[1]) == pytest.approx(by_scale)
         assert float(gradients[2]) == pytest.approx(by_zero)
+
+
+@pytest.mark.parametrize("group", [None, 16])
+def test_weights_have_zero_points_below_8_bits_unless_they_are_symmetric(group: int | None) -> None:
+    for bits in range(2, 9):
+        assert WeightGrids(group=group).at(bits) == Grid(bits, symmetric=bits == 8, group=group)
+        assert WeightGrids(symmetric=True, group=group).at(bits) == Grid(bits, symmetric=True, group=group)
+    with pytest.raises(OptionError, match="a group is a positive number"):
+        WeightGrids(group=0)

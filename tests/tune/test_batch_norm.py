@@ -23,7 +23,7 @@ from subbyte.model.layers import survey
 from subbyte.model.operators import Linear
 from subbyte.model.quantized_layer import QuantizedLayer
 from subbyte.model.replace import copy_of
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import Grid, WeightGrids
 from subbyte.run.bank import Bank
 from subbyte.run.events import Event, StageFinished, StageStarted, ignore
 from subbyte.tune.batch_norm import ChannelStatistics, Reference, re_estimated
@@ -56,7 +56,7 @@ def rounded(
     for name, exponents in (factors or {}).items():
         put_exponents_(original.get_submodule(name), exponents, Linear())
     options = {layer.name: (2, 3) for layer in found.layers}
-    models = prepare(original, found.layers, options, {}, norm_outputs(model, folds), Grid(8, symmetric=True))
+    models = prepare(original, found.layers, options, {}, norm_outputs(model, folds), WeightGrids(symmetric=True))
     counts = [len(batch) for batch in batches]
     mask = torch.zeros(sum(counts), dtype=torch.bool)
     mask[list(held_out)] = True
@@ -237,7 +237,7 @@ def test_it_repairs_a_coarse_network_and_the_receipt_shows_it() -> None:
     torch.manual_seed(3)
     blocks = [module for _ in range(3) for module in (nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())]
     model, data = trained(*blocks, nn.Flatten(), nn.Linear(8 * 36, 5)), torch.randn(64, 8, 6, 6)
-    recipe = replace(ROUNDED, refinements=(BatchNormTuning(),))
+    recipe = replace(ROUNDED, symmetric_weights=True, refinements=(BatchNormTuning(),))
     events: list[Event] = []
     result = subbyte.quantize(model, data, widths=Widths(2, 3), recipe=recipe, observer=events.append)
     (report,) = result.refinements

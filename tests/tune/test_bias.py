@@ -23,7 +23,7 @@ from subbyte.model.batches import Batch, as_batches
 from subbyte.model.layers import survey
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import WeightGrids
 from subbyte.run.bank import Bank
 from subbyte.run.events import Event, StageFinished, StageStarted, ignore
 from subbyte.tune.optimizer import SGD, Adam, Optimizer
@@ -43,7 +43,7 @@ def rounded(model: nn.Module, batches: Sequence[Batch], held_out: int = 2) -> tu
     batches = as_batches(batches)
     found, _ = survey(model, batches)
     options: dict[str, tuple[int, int | None]] = {layer.name: (3, 3) for layer in found.layers}
-    models = prepare(copy_of(model), found.layers, options, {}, {}, Grid(8, symmetric=True))
+    models = prepare(copy_of(model), found.layers, options, {}, {}, WeightGrids(symmetric=True))
     counts = [len(next(iter(batch.values())) if isinstance(batch, dict) else batch) for batch in batches]
     data = CalibrationSet(batches, tuple(torch.arange(count) < held_out for count in counts), 0)
     calibrate_(models, data, ROUNDED.method, ROUNDED.flavour, Kept(Bank(), ""), ignore)

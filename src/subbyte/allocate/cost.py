@@ -19,7 +19,7 @@ from subbyte.export.packed import pack_model, state_bytes, to_bytes
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer
 from subbyte.quantizers.granularity import group_count
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import MAX_BITS, WeightGrids
 from subbyte.widths import Option
 
 FLOAT_BITS = 32
@@ -35,7 +35,7 @@ class LayerSize:
         weights: number of weights, biases not counted.
         outputs: number of output channels.
         macs: multiply-accumulate operations for one sample.
-        symmetric: whether weights have no zero-points.
+        symmetric: whether weights have no zero-points at any width; those of 8 bits never have.
         table: whether rows are looked up in it: its input has no width, and it has no bias.
         steps: weight steps of each output channel, one for each column group.
         shared: whether its codes and steps are those of another layer, where they are counted.
@@ -50,12 +50,12 @@ class LayerSize:
     shared: bool = False
 
     @classmethod
-    def of(cls, layer: Layer, weights: Grid) -> LayerSize:
+    def of(cls, layer: Layer, weights: WeightGrids) -> LayerSize:
         """The sizes of a layer.
 
         Args:
             layer: of the model.
-            weights: grid of its weights; its bits do not matter.
+            weights: what grids of its weights have beside their bits.
         """
         steps = group_count(layer.unknowns, weights.group)
         table, shared = not layer.operator.multiplies, layer.shares is not None
@@ -72,7 +72,8 @@ class LayerSize:
             25
         """
         weight_bits, activation_bits = option
-        own = 0 if self.shared else packed_size(self.weights, weight_bits) + self.outputs * self.steps * (4 if self.symmetric else 5)
+        each_step = 4 if self.symmetric or weight_bits == MAX_BITS else 5
+        own = 0 if self.shared else packed_size(self.weights, weight_bits) + self.outputs * self.steps * each_step
         return own + (0 if self.table else 4 * self.outputs) + (0 if activation_bits is None or self.table else 5)
 
     @property
@@ -175,7 +176,7 @@ def costs_of(models: Models, option: Mapping[str, Option], folds: Sequence[Fold]
         model: the float model as it came.
         seconds: time of a layer's forward at an option, or None.
     """
-    sizes = {item.layer.name: LayerSize.of(item.layer, item.weight_grid) for item in models.layers}
+    sizes = {item.layer.name: LayerSize.of(item.layer, item.weights) for item in models.layers}
     for item in models.layers:
         here = at_option(item, option[item.layer.name])
         item.quantized.assign_(state_of(here, _zeros(here)))
@@ -187,7 +188,7 @@ def costs_of(models: Models, option: Mapping[str, Option], folds: Sequence[Fold]
 def _zeros(item: CalibratedLayer) -> LayerSolution:
     """A solution of codes that stand for zero."""
     codes = torch.zeros_like(item.float_weight(), dtype=torch.int16)
-    bias, group = item.float_bias(), item.weight_grid.group
+    bias, group = item.float_bias(), item.weights.group
     scale = bias.new_ones(bias.shape if group is None else (*bias.shape, group_count(codes.shape[2], group)))
     zero = torch.zeros_like(scale, dtype=torch.int32)
     activation = None if item.activation_grid is None else (bias.new_ones(()), zero.new_zeros(()))

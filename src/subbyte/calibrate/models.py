@@ -14,7 +14,7 @@ from subbyte.model.layers import Layer
 from subbyte.model.operators import Convolution
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import Grid, WeightGrids
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,8 @@ class CalibratedLayer:
         layer: what it is.
         original: the float module, batch norm folded.
         quantized: the module that takes the codes, in the quantized model.
-        weight_grid: grid of its weights.
+        weights: what grids of its weights have beside their bits.
+        weight_bits: of its weights.
         activation_grid: grid of its input, or None.
         clip: what is read of its output.
         norm: the batch norm that was folded into it, or None.
@@ -34,10 +35,16 @@ class CalibratedLayer:
     layer: Layer
     original: nn.Module
     quantized: QuantizedLayer
-    weight_grid: Grid
+    weights: WeightGrids
+    weight_bits: int
     activation_grid: Grid | None
     clip: Clip
     norm: NormOutput | None = None
+
+    @property
+    def weight_grid(self) -> Grid:
+        """Grid of its weights."""
+        return self.weights.at(self.weight_bits)
 
     def float_weight(self) -> Tensor:
         """`W` of the float module, float32 (G, O, n)."""
@@ -83,7 +90,7 @@ def prepare(
     options: Mapping[str, tuple[int, int | None]],
     clips: Mapping[str, Clip],
     norms: Mapping[str, NormOutput],
-    weights: Grid,
+    weights: WeightGrids,
 ) -> Models:
     """A float model beside a copy of it in which every layer is a `QuantizedLayer`, still without codes.
 
@@ -93,8 +100,8 @@ def prepare(
         options: `(weight bits, activation bits or None)` by layer name.
         clips: what is read of the layers' outputs, by layer name; of layers that are not named, everything.
         norms: batch norms that were folded, by layer name.
-        weights: what weight grids have beside their bits: whether they are symmetric, and their column groups, which convolutions do not
-            have and layers with no more inputs than that need not have.
+        weights: what weight grids have beside their bits; convolutions have no column groups, and layers with no more inputs than that need
+            none.
     """
     quantized = copy_of(original)
     items = []
@@ -106,9 +113,8 @@ def prepare(
             replace_module_(quantized, same, new)
         weight_bits, activation_bits = options[layer.name]
         activation_grid = None if activation_bits is None or not layer.operator.multiplies else Grid(activation_bits)
-        weight_grid = replace(weights, bits=weight_bits, group=group_of(layer, weights.group))
-        clip, norm = clips.get(layer.name, Clip()), norms.get(layer.name)
-        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, weight_grid, activation_grid, clip, norm))
+        own, clip, norm = replace(weights, group=group_of(layer, weights.group)), clips.get(layer.name, Clip()), norms.get(layer.name)
+        items.append(CalibratedLayer(layer, original.get_submodule(layer.name), new, own, weight_bits, activation_grid, clip, norm))
     return Models(original, quantized, tuple(items))
 
 
@@ -132,9 +138,8 @@ def at_option(item: CalibratedLayer, option: tuple[int, int | None]) -> Calibrat
         option: `(weight bits, activation bits or None)`.
     """
     weight_bits, activation_bits = option
-    weight_grid = replace(item.weight_grid, bits=weight_bits)
     activation_grid = None if activation_bits is None or not item.layer.operator.multiplies else Grid(activation_bits)
-    return replace(item, weight_grid=weight_grid, activation_grid=activation_grid)
+    return replace(item, weight_bits=weight_bits, activation_grid=activation_grid)
 
 
 def assign_(models: Models, solutions: Mapping[str, LayerSolution]) -> None:

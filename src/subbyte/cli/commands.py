@@ -138,7 +138,7 @@ def quantize(
     batch_size: BatchSizeOption = DEFAULT_BATCH_SIZE,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
-    symmetric: SymmetricOption = True,  # noqa: FBT002 - the command line gives it by name
+    symmetric: SymmetricOption = False,  # noqa: FBT002 - the command line gives it by name
     group_size: GroupSizeOption = None,
     attention_bits: AttentionBitsOption = None,
     flavour: FlavourOption = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 import subbyte
-from subbyte import Grid, RelativeSquaredError, RowSampling, Timing
+from subbyte import RelativeSquaredError, RowSampling, Timing, WeightGrids
 from subbyte.calibrate.gather import CalibrationSet
 from subbyte.cli.budget_options import ActivationChoicesOption, WeightChoicesOption, choices_from
 from subbyte.cli.commands import app
@@ -83,7 +83,7 @@ def profile(
     samples: SamplesOption = DEFAULT_BATCH_SIZE,
     most_tokens: MaxTokensOption = None,
     threads: ThreadsOption = None,
-    symmetric: SymmetricOption = True,  # noqa: FBT002
+    symmetric: SymmetricOption = False,  # noqa: FBT002
     group_size: GroupSizeOption = None,
     as_json_object: JsonOption = False,  # noqa: FBT002
     debug: DebugOption = False,  # noqa: FBT002
@@ -94,7 +94,7 @@ def profile(
     then put into evaluation mode. 'quantize --max-latency' with the same --out reuses what was measured.
     """
     set_threads_(threads)
-    timing = Timing(target_from(target), threads, timed_samples, Grid(8, symmetric, group_size))
+    timing = Timing(target_from(target), threads, timed_samples, WeightGrids(symmetric, group_size))
     choices = choices_from(subbyte.Choices(), (weight_choices, activation_choices), None, None, include, exclude)
     preprocessing = preprocessing_from(image_size, mean, std, channel_order, value_range)
     bank = subbyte.Bank(new_folder(Path(out)))

@@ -70,7 +70,9 @@ PinOption = Annotated[
     list[str] | None,
     typer.Option("--pin", metavar="NAME=W[,A]", help="Other widths for a layer; repeatable, globs too, the last one wins."),
 ]
-SymmetricOption = Annotated[bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or with one for each step.")]
+SymmetricOption = Annotated[
+    bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or below 8 bits with one for each step.")
+]
 GroupSizeOption = Annotated[
     int | None,
     typer.Option("--group-size", metavar="N", help="Linear layers: one weight step for every N inputs, such as 64; otherwise for all."),

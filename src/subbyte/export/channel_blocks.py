@@ -108,18 +108,22 @@ class ChannelBlocks:
             self.padded[site.node] = missing
 
     def _widen_(self, site: _Site, outputs: int = 0, inputs: int = 0) -> None:
-        """Weights of zero for more channels; where more inputs are zero, weights are as they may be."""
+        """Weights of zero for more channels."""
         old = self.constants[site.key]
-        zero = int(old.zero_point[-1])
 
         def longer(tensor: Tensor, value: float = 0) -> Tensor:
             return F.pad(tensor, (0, outputs), value=value)
 
+        rows, columns, *positions = old.codes.shape
+        zero_point = longer(old.zero_point)
+        zeros = zero_point.to(old.codes.dtype).view(-1, *[1] * (old.codes.dim() - 1))
+        codes = zeros.repeat(1, columns + inputs, *positions)
+        codes[:rows, :columns] = old.codes
         self.constants[site.key] = replace(
             old,
-            codes=F.pad(old.codes, (0, 0) * (old.codes.dim() - 2) + (0, inputs, 0, outputs), value=zero),
+            codes=codes,
             scale=longer(old.scale, 1.0),
-            zero_point=longer(old.zero_point, zero),
+            zero_point=zero_point,
             bias=longer(old.bias),
             bias_codes=None if old.bias_codes is None else longer(old.bias_codes),
         )

@@ -26,7 +26,7 @@ from subbyte.export.packed import LIBRARY_VERSION
 from subbyte.export.targets import OnnxRuntimeCPU, Target, runs_in_groups
 from subbyte.model.batches import Batch, as_batches, sample_count, select_samples
 from subbyte.model.layers import Layer, check_model, survey
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import WeightGrids
 from subbyte.run.bank import Bank, Entry, digest
 from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone, ignore
 from subbyte.widths import Option, for_tables
@@ -48,7 +48,7 @@ class Timing:
         target: in whose runtime.
         threads: processor threads; None takes those of torch.
         batch_size: samples in one forward.
-        weights: grid of weights; its bits do not matter.
+        weights: what grids of weights have beside their bits.
 
     Raises:
         OptionError: if a number is below 1, or the target's runtime cannot be run here.
@@ -61,7 +61,7 @@ class Timing:
     target: Target = OnnxRuntimeCPU()
     threads: int | None = None
     batch_size: int = 1
-    weights: Grid = Grid(8, symmetric=True)
+    weights: WeightGrids = WeightGrids()
 
     def __post_init__(self) -> None:
         if (self.threads is not None and self.threads < 1) or self.batch_size < 1:
@@ -224,8 +224,8 @@ def measure_layers(
         if not layer.operator.multiplies:
             floats[layer.name], times[layer.name] = NO_TIME, dict.fromkeys(options[layer.name], NO_TIME)
             continue
-        grid = _grid(layer, timing.weights, options[layer.name])
-        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, grid)
+        grids = _grids(layer, timing.weights, options[layer.name])
+        geometry = Geometry(layer.operator, layer.weight_shape, layer.input_shape, layer.outputs, grids)
         found = bench.times(geometry, tuple(options[layer.name]))
         calls = layer.macs / _macs_of_a_call(layer)
         scaled = {option: LayerTime(one.least * calls, one.median * calls) for option, one in found.items()}
@@ -287,7 +287,7 @@ class _Bench:
         return digest("latency", LIBRARY_VERSION, what, option, self.timing.target, self.threads, self.runtime, processor)
 
 
-def _grid(layer: Layer, weights: Grid, options: Iterable[Option]) -> Grid:
+def _grids(layer: Layer, weights: WeightGrids, options: Iterable[Option]) -> WeightGrids:
     """Of a layer's weights, if they can be run at all options."""
     group = group_of(layer, weights.group)
     failing = [option for option in options if group is not None and not runs_in_groups(*option)]

@@ -32,7 +32,7 @@ from subbyte.export.translation import place_for_
 from subbyte.model.operators import Operator
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.quantizers.granularity import group_count
-from subbyte.quantizers.grid import Grid
+from subbyte.quantizers.grid import MAX_BITS, Grid, WeightGrids
 from subbyte.widths import Option
 
 IR_VERSION = 10
@@ -48,14 +48,14 @@ class Geometry:
         weight_shape: of the weight.
         input_shape: samples first.
         outputs: number of output channels.
-        weights: grid of its weights; its bits do not matter.
+        weights: what grids of its weights have beside their bits.
     """
 
     operator: Operator
     weight_shape: tuple[int, ...]
     input_shape: tuple[int, ...]
     outputs: int
-    weights: Grid = Grid(8, symmetric=True)
+    weights: WeightGrids = WeightGrids()
 
     @property
     def unknowns(self) -> int:
@@ -131,7 +131,7 @@ def quantized_files(geometry: Geometry, options: tuple[Option, ...], target: Tar
         for option in options:
             if option[1] == activation_bits:
                 model = ir.from_proto(template)
-                filled = with_constants(model, {KEY: _at(constants, replace(geometry.weights, bits=option[0]))}, layout).model
+                filled = with_constants(model, {KEY: _at(constants, geometry.weights.at(option[0]))}, layout).model
                 found[option] = _with_codes_at_its_ends(to_file_bytes(filled)[0], x)
     return found
 
@@ -152,7 +152,7 @@ def _template(geometry: Geometry, activation_bits: int | None, target: Target, x
     steps = [geometry.outputs] + ([] if geometry.weights.group is None else [group_count(geometry.unknowns, geometry.weights.group)])
     scale, zero = torch.full(steps, 0.01), torch.zeros(steps, dtype=torch.int32)
     codes = torch.zeros(geometry.weight_shape, dtype=torch.int16)
-    layer.assign_(QuantizedState(codes, scale, zero, bare.bias.detach(), replace(geometry.weights, bits=8), activation))
+    layer.assign_(QuantizedState(codes, scale, zero, bare.bias.detach(), geometry.weights.at(MAX_BITS), activation))
     model = marked(nn.Sequential(layer))
     example = Example.of([x])
     graph = trace(model.model, example)

@@ -244,8 +244,9 @@ def _check_layers(kernels: dict[str, str | None], layers: Sequence[str], target:
         if demands.int8 and target.int8_between and kernels[layer] is None:
             raise LayerError(
                 layer,
-                f"does not run in int8 in {target.name}: its input is not quantised, or the runtime has no int8 kernel for it; quantize "
-                "its input, exclude the layer, or allow floating point, which lists it",
+                f"does not run in int8 in {target.name}: its input is not quantised, or the runtime has no int8 kernel for it, as "
+                "TensorRT has none for INT4 weights with zero-points; quantize its input (or its weights with symmetric_weights=True), "
+                "exclude the layer, or allow floating point, which lists it",
             )
 
 

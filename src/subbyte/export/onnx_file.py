@@ -51,6 +51,7 @@ def _strip_(proto: onnx.ModelProto) -> None:
     for tensor in graph.initializer:
         tensor.ClearField("doc_string")
         tensor.ClearField("metadata_props")
+        _shrink_(tensor)
     for value in (*graph.input, *graph.output):
         value.ClearField("doc_string")
         value.ClearField("metadata_props")
@@ -60,6 +61,18 @@ def _strip_(proto: onnx.ModelProto) -> None:
         kept = [attribute for attribute in node.attribute if not _is_default(node, attribute, shapes)]
         del node.attribute[:]
         node.attribute.extend(kept)
+
+
+def _shrink_(tensor: onnx.TensorProto) -> None:
+    """Small integers as numbers of one byte each, where that is shorter than eight or four: shapes, sizes of splits."""
+    fields: dict[int, str] = {onnx.TensorProto.INT64: "int64_data", onnx.TensorProto.INT32: "int32_data"}
+    if tensor.data_type in fields and tensor.HasField("raw_data"):
+        shorter = onnx.TensorProto()
+        shorter.CopyFrom(tensor)
+        shorter.ClearField("raw_data")
+        getattr(shorter, fields[tensor.data_type]).extend(onnx.numpy_helper.to_array(tensor).ravel().tolist())
+        if shorter.ByteSize() < tensor.ByteSize():
+            tensor.CopyFrom(shorter)
 
 
 def _is_default(node: onnx.NodeProto, attribute: onnx.AttributeProto, shapes: dict[str, npt.NDArray[np.int64]]) -> bool:

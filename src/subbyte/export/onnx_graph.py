@@ -235,9 +235,12 @@ def _site(node: ir.Node, constants: LayerConstants) -> _Site:
 def _stored(constants: LayerConstants, site: _Site) -> Stored:
     codes, zero = constants.codes.numpy(), None
     if not constants.operator.multiplies:  # rows are gathered from INT8 or UINT8, whatever their groups are
-        if not constants.grid.symmetric:
-            zero = per_weight(constants.zero_point, constants.grid.group, codes.shape[1]).numpy()
-        return Stored(codes, replace(constants.grid, group=None), zero)
+        grid, group = replace(constants.grid, group=None), constants.grid.group
+        if grid.symmetric:
+            return Stored(codes, grid, None)
+        if group is not None and codes.shape[1] % group == 0:
+            return Stored(codes, grid, constants.zero_point[..., None].numpy(), group)
+        return Stored(codes, grid, per_weight(constants.zero_point, group, codes.shape[1]).numpy())
     if not constants.grid.symmetric and constants.grid.group is None:
         zero = constants.operator.per_channel(constants.zero_point, constants.codes).numpy()
         zero = zero.T if site.transposed else zero
@@ -272,9 +275,8 @@ def _without_repetition(stored: Mapping[str, Stored], constants: Mapping[str, La
 
 def _as_they_are(builder: Builder, item: Stored, constants: LayerConstants) -> ir.Value:
     """Codes less zero-points as constants: INT4 in blocks where only the weight is quantized, otherwise INT8."""
-    codes = item.codes if item.zero_point is None else item.codes - item.zero_point
     in_blocks = constants.input_scale is None and item.grid.bits == INT4_BITS and _block_of(constants) is not None
-    return builder.constant(codes.astype(ml_dtypes.int4 if in_blocks else np.int8))
+    return builder.constant(item.levels().astype(ml_dtypes.int4 if in_blocks else np.int8))
 
 
 def _block_of(constants: LayerConstants) -> int | None:

@@ -54,18 +54,21 @@ class CompressedTensors:
         folder: where it is.
         size_bytes: of `model.safetensors`.
         without_bias: layers whose bias had to go, because the float model's have none.
+        with_zero_points: layers whose weights have zero-points. The layout holds them, but transformers 5.23 does not read them from it,
+            nor from files that the compressed-tensors package (0.20) wrote itself.
         loss_name: what the losses measure.
         loss: of what was written, on held-out samples, from the float model.
         model_loss: of the quantized model with all its biases, likewise.
 
     Example:
-        >>> CompressedTensors(Path("folder"), 1000, (), "KLDivergence", 0.1, 0.1).size_bytes
+        >>> CompressedTensors(Path("folder"), 1000, (), (), "KLDivergence", 0.1, 0.1).size_bytes
         1000
     """
 
     folder: Path
     size_bytes: int
     without_bias: tuple[str, ...]
+    with_zero_points: tuple[str, ...]
     loss_name: str
     loss: float
     model_loss: float
@@ -75,6 +78,11 @@ class CompressedTensors:
         lines = [f"{self.folder}: {self.size_bytes:,} bytes"]
         if self.without_bias:
             lines.append(f"without the biases that calibration gave to {', '.join(self.without_bias)}: the float model has none there")
+        if self.with_zero_points:
+            lines.append(
+                f"weights of {', '.join(self.with_zero_points)} have zero-points, which transformers does not read from this layout: "
+                "quantize with symmetric_weights=True (--symmetric) for it"
+            )
         losses = f"{self.loss:.4g}, with all biases {self.model_loss:.4g}"
         return "\n".join([*lines, f"{self.loss_name} from the float model on held-out samples: {losses}"])
 
@@ -116,7 +124,8 @@ def export_compressed_tensors(models: Exportable, folder: str | os.PathLike[str]
     write_file(path / CONFIG_FILE, json.dumps(_config(model, layers), indent=2, default=str).encode())
     judge = Judge.of(models.original, models.calibration, models.loss)
     losses = judge.loss_of(model), judge.loss_of(models.quantized)
-    return CompressedTensors(path, len(content), tuple(gone), type(models.loss).__name__, *losses)
+    affine = tuple(name for name, layer in layers.items() if not layer.state().weight_grid.symmetric)
+    return CompressedTensors(path, len(content), tuple(gone), affine, type(models.loss).__name__, *losses)
 
 
 def _tensors(name: str, layer: QuantizedLayer, *, has_bias: bool) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     tensors = {
         "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in own])),
         "weight_scale": torch.cat([state.scale.flatten().cpu() for state in own]),
-        "weight_zero_point": torch.cat([zero.flatten().to("cpu", torch.uint8) for zero in affine]) if affine else None,
+        "weight_zero_point": torch.cat([*(zero.flatten().to("cpu", torch.uint8) for zero in affine), torch.empty(0, dtype=torch.uint8)]),
         "bias": torch.cat([bias.cpu() for bias in biases]) if biases else None,
         "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
         "activation_zero_point": torch.stack([zero.to("cpu", torch.uint8) for _, zero, _ in inputs]) if inputs else None,

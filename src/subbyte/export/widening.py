@@ -9,6 +9,7 @@ Runtimes fold these operators when they load the file, find plain INT8 weights, 
 
   holds codes `8 / k * row + i`. There is one plane of 4, one of 2 and one of 1 bit for all layers; Split gives each width its part of
   each, these are added up, times the power of two at which they start, and Split, Reshape and a last Cast to INT8 give each layer its own.
+* Zero-points are codes of their weights' width, and stand behind them in the same planes; Sub takes them off in front of the last Cast.
 
 OpenVINO 2026.4 folds division and Cast in this order and then runs in int8; it does not do so behind BitShift and BitwiseAnd, or where the
 last operator is not the Cast (ONNX Runtime 1.32 folds all of these). `tests/export/test_onnx.py` checks that both run every width in int8.
@@ -50,12 +51,22 @@ class Stored:
     Args:
         codes: int16, the shape in which the graph reads them.
         grid: of the codes.
-        zero_point: int32, broadcastable to the codes; None on a symmetric grid, and where it is left to `DequantizeLinear`.
+        zero_point: int32, broadcastable to the codes, or (rows, K, 1) where `group` is given; None on a symmetric grid, and where it is
+            left to `DequantizeLinear`.
+        group: how many consecutive codes of a row share a zero-point; divides a row.
     """
 
     codes: Codes
     grid: Grid
     zero_point: npt.NDArray[np.int32] | None
+    group: int | None = None
+
+    def levels(self) -> Codes:
+        """Codes less zero-points, int16, the shape of the codes."""
+        if self.zero_point is None:
+            return self.codes
+        cut = self.codes if self.group is None else self.codes.reshape(len(self.codes), -1, self.group)
+        return (cut - self.zero_point).astype(np.int16).reshape(self.codes.shape)
 
 
 def widen_(builder: Builder, stored: Mapping[str, Stored]) -> dict[str, ir.Value]:
@@ -140,8 +151,9 @@ def _split(builder: Builder, stream: ir.Value, sizes: Sequence[int]) -> Sequence
 
 
 def _stream(group: Mapping[str, Stored]) -> npt.NDArray[np.uint8]:
-    """Codes of all layers of a width from 0 on, filled up to whole bytes of every plane."""
-    stream = np.concatenate([(item.codes - item.grid.lowest).astype(np.uint8).ravel() for item in group.values()])
+    """Codes of all layers of a width from 0 on, then their zero-points, filled up to whole bytes of every plane."""
+    zeros = [item.zero_point.astype(np.uint8).ravel() for item in group.values() if item.zero_point is not None]
+    stream = np.concatenate([*((item.codes - item.grid.lowest).astype(np.uint8).ravel() for item in group.values()), *zeros])
     return np.pad(stream, (0, -stream.size % 8))
 
 
@@ -167,17 +179,24 @@ def _layers_of(builder: Builder, group: Mapping[str, Stored], flat: ir.Value) ->
     """INT8 for each layer of a width."""
     grid = next(iter(group.values())).grid
     signed = builder.add("Sub", flat, builder.constant(np.int32(-grid.lowest))) if grid.symmetric else flat
-    counts = [item.codes.size for item in group.values()]
+    affine = {key: item.zero_point for key, item in group.items() if item.zero_point is not None}
+    counts = [item.codes.size for item in group.values()] + [zero.size for zero in affine.values()]
     padding = -sum(counts) % 8
+    parts = iter(_split(builder, signed, counts + ([padding] if padding else [])))  # the padding is nobody's
+    codes = {key: next(parts) for key in group}
+    zeros = {key: _reshaped(builder, next(parts), (-1, *zero.shape[1:])) for key, zero in affine.items()}
     values = {}
-    parts = _split(builder, signed, counts + ([padding] if padding else []))
-    for (key, item), part in zip(group.items(), parts, strict=False):  # the padding is nobody's
-        value = builder.add("Reshape", part, builder.constant(np.array(item.codes.shape)))
-        if item.zero_point is not None:
-            zero = builder.cast(builder.constant(item.zero_point.astype(np.uint8)), ir.DataType.INT32)
-            value = builder.add("Sub", value, zero)
+    for key, item in group.items():
+        shape = item.codes.shape
+        value = _reshaped(builder, codes[key], shape if item.group is None else (shape[0], -1, item.group))
+        value = builder.add("Sub", value, zeros[key]) if key in zeros else value
+        value = value if item.group is None else _reshaped(builder, value, shape)
         values[key] = builder.cast(value, ir.DataType.INT8)
     return values
+
+
+def _reshaped(builder: Builder, value: ir.Value, shape: Sequence[int]) -> ir.Value:
+    return builder.add("Reshape", value, builder.constant(np.array(shape)))
 
 
 def _plane(builder: Builder, codes: npt.NDArray[np.uint8], bits: int) -> ir.Value:

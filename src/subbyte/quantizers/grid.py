@@ -71,3 +71,40 @@ class Grid:
             Two float32 in the shape of `zero_point`.
         """
         return (self.lowest - zero_point).float(), (self.highest - zero_point).float()
+
+
+@dataclass(frozen=True)
+class WeightGrids:
+    """What the grids of weights have in common at all widths.
+
+    Weights of 8 bits have no zero-points in any case. Below, codes less their zero-points fit into INT8, in which runtimes multiply, so
+    that a zero-point costs a byte of the file and no time; of 8 bits they do not fit, and there a zero-point is worth least.
+
+    Args:
+        symmetric: True: zero-points are 0. False: one for each step, of weights with fewer than 8 bits.
+        group: see `Grid`.
+
+    Raises:
+        OptionError: if `group` is no positive integer.
+
+    Example:
+        >>> WeightGrids().at(4), WeightGrids().at(8)
+        (Grid(bits=4, symmetric=False, group=None), Grid(bits=8, symmetric=True, group=None))
+    """
+
+    symmetric: bool = False
+    group: int | None = None
+
+    def __post_init__(self) -> None:
+        self.at(MAX_BITS)  # refuses an impossible group
+
+    def at(self, bits: int) -> Grid:
+        """The grid of a width.
+
+        Args:
+            bits: 2 to 8.
+
+        Raises:
+            OptionError: if the width is not that.
+        """
+        return Grid(bits, self.symmetric or bits == MAX_BITS, self.group)

@@ -83,7 +83,7 @@ def layer_report(item: CalibratedLayer, judged: Judged, measured: Measured, shar
         activation_bits=activation_bits,
         weight_count=stored,
         float_bytes=4 * (stored + (layer.outputs if layer.has_bias else 0)),
-        size_bytes=LayerSize.of(layer, grid).bytes((grid.bits, activation_bits)),
+        size_bytes=LayerSize.of(layer, item.weights).bytes((grid.bits, activation_bits)),
         solver=kept.solver,
         error=judged.baseline_error if kept is judged.baseline else judged.error,
         baseline_error=judged.baseline_error,
