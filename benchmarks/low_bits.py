@@ -35,7 +35,6 @@ RECIPES: dict[str, subbyte.Recipe] = {
     "layers": subbyte.Recipe(),
     "blocks": subbyte.Recipe(refinements=(subbyte.Blockwise(),)),
     "network": subbyte.Recipe(refinements=(subbyte.Networkwise(),)),
-    "affine": subbyte.Recipe(symmetric_weights=False, refinements=(subbyte.Networkwise(),)),
     "longer": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000),)),
     "flipped": subbyte.Recipe(refinements=(subbyte.Networkwise(iterations=1000, augment=flipped),)),
     "batch norms": subbyte.Recipe(refinements=(subbyte.BatchNormTuning(),)),
@@ -103,9 +102,9 @@ def add_row(rows: list[dict[str, object]], key: Key, measured: Callable[[Key], d
         measured: the rest of the row.
         options: with `out`, the file or None, and `threads`.
     """
-    if any(tuple(row[part] for part in KEY) == key for row in rows):
+    if any(tuple(row[part] for part in KEY) == key and row["zero_points"] for row in rows):
         return
-    rows.append(dict(zip(KEY, key, strict=True)) | measured(key))
+    rows.append(dict(zip(KEY, key, strict=True)) | {"zero_points": True} | measured(key))
     print(rows[-1], flush=True)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
@@ -134,20 +133,25 @@ def measure(key: Key, recipe: subbyte.Recipe, device: str) -> dict[str, object]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Markdown: one line for each network, width and number of samples; mean top-1 over the seeds, and its range, for each recipe run."""
+    """Markdown: one line for each network, width and number of samples, with and without zero-points of weights, which rows from before
+    have not; mean top-1 over the seeds, and its range, for each recipe run."""
     measured = [name for name in RECIPES if any(row["recipe"] == name for row in rows)]
-    lines = [f"| network | W/A | samples | seeds | {' | '.join(measured)} |", "|---|---|---|---|" + "---|" * len(measured)]
+    lines = [
+        f"| network | W/A | samples | zero-points | seeds | {' | '.join(measured)} |",
+        "|---|---|---|---|---|" + "---|" * len(measured),
+    ]
     groups: dict[tuple[object, ...], list[dict[str, object]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[part] for part in KEY[:4]), []).append(row)
-    for (network, weight_bits, activation_bits, samples), group in groups.items():
+        groups.setdefault(tuple(row[part] for part in (*KEY[:4], "zero_points")), []).append(row)
+    for (network, weight_bits, activation_bits, samples, zero_points), group in groups.items():
         cells = []
         for name in measured:
             top1 = [float(row["top1"]) for row in group if row["recipe"] == name]  # type: ignore[arg-type]
             spread = f" ({min(top1):.2f} to {max(top1):.2f})" if len(top1) > 1 else ""
             cells.append(f"{statistics.fmean(top1):.2f}{spread}" if top1 else "")
         seeds = len({row["seed"] for row in group})
-        lines.append(f"| {network} | {weight_bits}/{activation_bits} | {samples} | {seeds} | {' | '.join(cells)} |")
+        start = f"| {network} | {weight_bits}/{activation_bits} | {samples} | {'yes' if zero_points else 'no'} | {seeds}"
+        lines.append(f"{start} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

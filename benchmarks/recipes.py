@@ -107,7 +107,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kept = subbyte.keep_freed_memory()
     rows: list[Row] = json.loads(options.out.read_text())["rows"] if options.out and options.out.exists() else []
-    known = {(row["network"], row["budget_bits"], row["recipe"], row["seed"]) for row in rows}
+    known = {(row["network"], row["budget_bits"], label(row), row["seed"]) for row in rows}
     for network in options.network or NETWORKS:
         for seed in map(int, options.seeds.split(",")):
             wanted = [(bits, name) for bits in options.bits or AVERAGE_BITS for name in options.recipe or (*RECIPES, *BY_KL)]
@@ -121,7 +121,14 @@ def main() -> None:
             solved: set[object] = set()
             for bits, name in wanted:
                 recipe, loss = (RECIPES | BY_KL)[name], KL if name in BY_KL else None
-                row: Row = {"network": network, "budget_bits": bits, "recipe": name, "seed": seed, "samples": options.samples}
+                row: Row = {
+                    "network": network,
+                    "budget_bits": bits,
+                    "recipe": name,
+                    "seed": seed,
+                    "samples": options.samples,
+                    "zero_points": True,
+                }
                 try:
                     row |= measure(task, images, subbyte.Budget(average_bits=bits, loss=loss), recipe, seed, bank)
                 except subbyte.InfeasibleError as error:  # few widths cannot make every average
@@ -192,11 +199,17 @@ def tables(rows: Sequence[Row]) -> str:
     return f"{recipes_table(rows)}\n\n{steps_table(rows)}"
 
 
+def label(row: Row) -> str:
+    """The recipe of a row; of rows from before weights had zero-points, with that added."""
+    name: str = row["recipe"]
+    return name if row["zero_points"] else f"{name}, symmetric"
+
+
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float, str], list[Row]]:
     """Rows of the same network, budget and recipe."""
     groups: dict[tuple[str, float, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["network"], row["budget_bits"], row["recipe"]), []).append(row)
+        groups.setdefault((row["network"], row["budget_bits"], label(row)), []).append(row)
     return groups
 
 

@@ -41,6 +41,7 @@ VARIANTS: Mapping[str, subbyte.Refinement] = {
     "bias, rate 3e-3": subbyte.BiasTuning(bias_rate=3e-3),
     "bias, one rate": subbyte.BiasTuning(backoff=1.0),
     "bias, outputs only": subbyte.BiasTuning(layer_share=0.0),
+    "bias, 4 epochs": subbyte.BiasTuning(epochs=4),
     "bias, 8 epochs": subbyte.BiasTuning(epochs=8, patience=4),
     "bias, not mixed": subbyte.BiasTuning(mixing=0.0),
     "bias, flipped, not mixed": subbyte.BiasTuning(mixing=0.0, augment=flipped),

@@ -185,5 +185,5 @@ def weight_only() -> Recipe:
         >>> weight_only().choices.activation_bits, weight_only().refinements[-1].step_rate
         ((None,), 0.003)
     """
-    tuning = BiasTuning(bias_rate=3e-3, step_rate=3e-3, layer_share=0.0)
+    tuning = BiasTuning(epochs=4, bias_rate=3e-3, step_rate=3e-3, layer_share=0.0)
     return replace(advanced(), choices=Choices(activation_bits=(None,)), refinements=(BatchNormTuning(), tuning))

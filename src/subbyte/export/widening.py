@@ -2,7 +2,7 @@
 
 Runtimes fold these operators when they load the file, find plain INT8 weights, and use their int8 kernels.
 
-* 8 bits: INT8. 4 bits: INT4 and Cast.
+* 8 bits: INT8. 4 bits without zero-points: INT4 and Cast.
 * Other widths: a width is a sum of 4, 2 and 1, and codes are split into planes of so many bits. A plane is dense in UINT8; column `i` of
 
       Mod(Div(bytes, 2^(k i)), 2^k)        bytes: (N, 1), powers: (1, 8 / k), in INT32

@@ -78,7 +78,7 @@ class BiasTuning(Refinement):
     loss: OutputLoss = RelativeSquaredError()
     stop_by: OutputLoss = RelativeSquaredError()
     optimizer: Optimizer = Adam()
-    epochs: int = 4
+    epochs: int = 2
     backoff: float = 0.3
     batch_samples: int = 32
     bias_rate: float = 1e-3

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from subbyte.calibrate.models import CalibratedLayer
+from subbyte.model.operator import beside_channels
 from subbyte.model.quantized_layer import QuantizedState
 from subbyte.quantizers.affine import soft_quantize
 
@@ -42,10 +44,10 @@ class TunedLayer:
         if self._start.activation is not None:
             step, zero_point, grid = self._start.activation
             x = soft_quantize(x, step * self.steps[1].exp() if self.steps else step, zero_point.float(), grid)
-        y = operator(x, weight, None)  # with the bias it would get a gradient for the weight, which takes as long as that for the input
         if not operator.multiplies:
-            return y
-        return y + self.bias.view([-1 if d == operator.channel_dimension % y.dim() else 1 for d in range(y.dim())])
+            return operator(x, weight, None)
+        y = operator(x, weight, self.bias.detach())
+        return cast(Tensor, _BiasGradient.apply(y, self.bias, operator.channel_dimension))  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def state(self) -> QuantizedState:
@@ -57,3 +59,21 @@ class TunedLayer:
         if activation is not None:
             activation = (activation[0] * self.steps[1].exp(), *activation[1:])
         return replace(tuned, scale=tuned.scale * self.steps[0].exp(), activation=activation)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """`y` itself, to which a bias has been added already, with the gradient for it.
+
+    A convolution that is asked for its bias's gradient takes that for its weight, too, which costs as much as that for its input; and a sum
+    behind it costs a pass over all outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, bias: Tensor, channel_dimension: int) -> Tensor:
+        ctx.channel_dimension = channel_dimension
+        ctx.mark_dirty(y)  # what comes next may work in place
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        return gradient, gradient.sum(beside_channels(gradient, ctx.channel_dimension)), None
