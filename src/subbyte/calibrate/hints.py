@@ -113,11 +113,11 @@ class _RelativeError(torch.autograd.Function):
         for wanted, given, kept in zip(pieces(reference), pieces(output), slopes, strict=False):
             read = clip(wanted)
             difference = clip(given) - read
-            sums += read.sum(dim=0)
+            sums += read[0] if len(read) == 1 else read.sum(dim=0)  # of one sample torch would make a copy
             squares.append(_square(read))
             errors.append(_square(difference))
             if kept is not None:
-                kept.copy_(clip.gradient(difference, given))
+                clip.gradient_(difference, given, kept)
         size = spread = torch.stack(squares).sum()
         if len(reference) > 1:
             spread = torch.maximum(size - _square(sums) / len(reference), LEAST_SPREAD * size)

@@ -47,14 +47,18 @@ class Clip:
         """
         return outputs.clamp(self.low, self.high) if self else outputs
 
-    def gradient(self, gradient: Tensor, outputs: Tensor) -> Tensor:
+    def gradient_(self, gradient: Tensor, outputs: Tensor, out: Tensor) -> None:
         """The gradient for outputs, from that for what is read of them.
 
         Args:
             gradient: float32, the shape of `outputs`.
             outputs: float32, any shape.
+            out: takes the gradient for outputs, float32, their shape.
         """
-        return torch.ops.aten.hardtanh_backward(gradient, outputs, self.low, self.high) if self else gradient
+        if self:
+            torch.ops.aten.hardtanh_backward.grad_input(gradient, outputs, self.low, self.high, grad_input=out)
+        else:
+            out.copy_(gradient)
 
     def __bool__(self) -> bool:
         """Whether anything is clipped."""
