@@ -108,7 +108,7 @@ def parsed(text: str) -> Width:
 def quantized(model: nn.Module, calibration: Sequence[Any], width: Width, name: str, seed: int, what: str) -> subbyte.Result:
     """One run."""
     loss = subbyte.CosineDistance() if what == "embed" else subbyte.RelativeSquaredError()
-    groups = subbyte.Recipe(loss=loss, weight_group=32, symmetric_weights=False)
+    groups = subbyte.Recipe(loss=loss, weight_group=32)
     recipes = {
         "subbyte": subbyte.Recipe(loss=loss),
         "groups": groups,

@@ -81,7 +81,7 @@ def test_affine_weights_run_in_int8_at_any_width() -> None:
     module = nn.Conv2d(4, 8, 3)
     operator = operator_of(module)
     assert operator is not None
-    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8), ((7, 8), (8, 8)), OnnxRuntimeCPU())
+    files = quantized_files(Geometry(operator, (8, 4, 3, 3), (1, 4, 9, 9), 8), ((6, 8), (8, 8)), OnnxRuntimeCPU())
     assert [operators(file.content) for file in files.values()] == [["QLinearConv"]] * 2
 
 

@@ -177,9 +177,9 @@ def test_soft_gradients_pass_inside_the_range_and_end_outside() -> None:
 
 
 @pytest.mark.parametrize("group", [None, 16])
-def test_weights_have_zero_points_below_8_bits_unless_they_are_symmetric(group: int | None) -> None:
+def test_weights_have_zero_points_up_to_6_bits_unless_they_are_symmetric(group: int | None) -> None:
     for bits in range(2, 9):
-        assert WeightGrids(group=group).at(bits) == Grid(bits, symmetric=bits == 8, group=group)
+        assert WeightGrids(group=group).at(bits) == Grid(bits, symmetric=bits > 6, group=group)
         assert WeightGrids(symmetric=True, group=group).at(bits) == Grid(bits, symmetric=True, group=group)
     with pytest.raises(OptionError, match="a group is a positive number"):
         WeightGrids(group=0)

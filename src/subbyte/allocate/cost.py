@@ -19,7 +19,7 @@ from subbyte.export.packed import pack_model, state_bytes, to_bytes
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer
 from subbyte.quantizers.granularity import group_count
-from subbyte.quantizers.grid import MAX_BITS, WeightGrids
+from subbyte.quantizers.grid import WeightGrids
 from subbyte.widths import Option
 
 FLOAT_BITS = 32
@@ -35,7 +35,7 @@ class LayerSize:
         weights: number of weights, biases not counted.
         outputs: number of output channels.
         macs: multiply-accumulate operations for one sample.
-        symmetric: whether weights have no zero-points at any width; those of 8 bits never have.
+        symmetric: whether weights have no zero-points at any width; those of 7 and 8 bits never have.
         table: whether rows are looked up in it: its input has no width, and it has no bias.
         steps: weight steps of each output channel, one for each column group.
         shared: whether its codes and steps are those of another layer, where they are counted.
@@ -72,7 +72,7 @@ class LayerSize:
             25
         """
         weight_bits, activation_bits = option
-        each_step = 4 if self.symmetric or weight_bits == MAX_BITS else 5
+        each_step = 4 if WeightGrids(self.symmetric).at(weight_bits).symmetric else 5
         own = 0 if self.shared else packed_size(self.weights, weight_bits) + self.outputs * self.steps * each_step
         return own + (0 if self.table else 4 * self.outputs) + (0 if activation_bits is None or self.table else 5)
 

@@ -71,7 +71,7 @@ PinOption = Annotated[
     typer.Option("--pin", metavar="NAME=W[,A]", help="Other widths for a layer; repeatable, globs too, the last one wins."),
 ]
 SymmetricOption = Annotated[
-    bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or below 8 bits with one for each step.")
+    bool, typer.Option("--symmetric/--affine", help="Weights without zero-points, or up to 6 bits with one for each step.")
 ]
 GroupSizeOption = Annotated[
     int | None,

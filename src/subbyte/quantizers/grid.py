@@ -18,6 +18,7 @@ from subbyte.errors import OptionError
 
 MIN_BITS = 2
 MAX_BITS = 8
+MOST_AFFINE_BITS = 6  # of weights
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class Grid:
 class WeightGrids:
     """What the grids of weights have in common at all widths.
 
-    Weights of 8 bits have no zero-points in any case. Below, codes less their zero-points fit into INT8, in which runtimes multiply, so
-    that a zero-point costs a byte of the file and no time; of 8 bits they do not fit, and there a zero-point is worth least.
+    Weights of 7 and 8 bits have no zero-points in any case. Below, codes less their zero-points lie between -63 and 63: they fit into INT8,
+    in which runtimes multiply, and two of their products into the 16 bits in which processors without VNNI add them, so that a zero-point
+    costs a byte of the file and no time. With 7 and 8 bits they would not, and a zero-point is worth least there.
 
     Args:
-        symmetric: True: zero-points are 0. False: one for each step, of weights with fewer than 8 bits.
+        symmetric: True: zero-points are 0. False: one for each step, of weights with up to 6 bits.
         group: see `Grid`.
 
     Raises:
@@ -107,4 +109,4 @@ class WeightGrids:
         Raises:
             OptionError: if the width is not that.
         """
-        return Grid(bits, self.symmetric or bits == MAX_BITS, self.group)
+        return Grid(bits, self.symmetric or bits > MOST_AFFINE_BITS, self.group)
