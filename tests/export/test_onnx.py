@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_codes_take_their_true_width(residual: tuple[subbyte.Result, subbyte.Exp
     assert stored[kinds.INT4] == 0
     assert narrow <= stored[kinds.UINT8] - (first + 8 if unsigned else 0) <= narrow + 8 + 3 * 8  # of the input, and to whole bytes
     assert done.verification.size_bytes == path.stat().st_size
+
+
+def test_codes_of_4_bits_without_zero_points_are_int4(tmp_path: Path) -> None:
+    recipe = replace(subbyte.rounding(), symmetric_weights=True)
+    result = subbyte.quantize(Residual(), torch.randn(16, 3, 8, 8), widths=MIXED, recipe=recipe)
+    result.export_onnx(tmp_path / "m.onnx", threads=1)
+    kind = onnx.TensorProto.INT4
+    stored = sum(len(tensor.raw_data) for tensor in onnx.load(tmp_path / "m.onnx").graph.initializer if tensor.data_type == kind)
+    assert stored == (16 * 8 * 9 + 12 * 24 + 5 * 12) // 2
 
 
 def test_the_number_of_samples_is_open(residual: tuple[subbyte.Result, subbyte.Exported, Path]) -> None:
