@@ -87,12 +87,12 @@ def exported(net: nn.Module, data: Tensor, folder: Path, target: subbyte.Target 
     return [node.op_type for node in onnx.load_from_string(content).graph.node]
 
 
-def transpositions(content: bytes, folder: Path) -> int:
-    """How many are left once ONNX Runtime has optimized a file."""
+def optimized_operators(content: bytes, folder: Path) -> list[str]:
+    """Operators that ONNX Runtime makes of a file."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath, options.log_severity_level = str(folder / "optimized.onnx"), 3
     onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    return sum(node.op_type == "Transpose" for node in onnx.load(folder / "optimized.onnx").graph.node)
+    return [node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node]
 
 
 @pytest.mark.parametrize("keeps", [False, True])
@@ -120,13 +120,30 @@ def test_onnxruntime_turns_nothing_round_in_front_of_a_large_mean(tmp_path: Path
     data, left = torch.randn(16, 3, 16, 16), {}
     for target in (subbyte.OnnxRuntimeCPU(), AsTraced()):
         exported(Mean(), data, tmp_path, target)
-        left[target.name] = transpositions((tmp_path / "m.onnx").read_bytes(), tmp_path)
+        left[target.name] = optimized_operators((tmp_path / "m.onnx").read_bytes(), tmp_path).count("Transpose")
     assert left == {"OnnxRuntimeCPU": 1, "AsTraced": 2}  # the other one turns the input
 
 
 def test_a_small_mean_stays_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert "Transpose" not in exported(Mean(16), torch.randn(16, 3, 16, 16), tmp_path)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_a_small_mean_that_is_quantised_is_pooled_in_int8(tmp_path: Path, *, keeps: bool) -> None:
+    class Classifier(Mean):
+        """A mean, and a linear layer that reads it."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(super().forward(x).flatten(1))
+
+    net = Classifier(16, keeps=keeps)
+    net.last = nn.Linear(16, 4)
+    torch.manual_seed(0)
+    operators = exported(net.eval(), torch.randn(16, 3, 16, 16), tmp_path)
+    assert (operators.count("GlobalAveragePool"), operators.count("ReduceMean")) == (1, 0)
+    optimized = optimized_operators((tmp_path / "m.onnx").read_bytes(), tmp_path)
+    assert "QLinearGlobalAveragePool" in optimized and "DequantizeLinear" not in optimized[:-1]
 
 
 def test_a_mean_over_some_positions_stays_as_it_is(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from subbyte.export.channel_blocks import ChannelBlocks
 from subbyte.export.constants import LayerConstants, unsigned
 from subbyte.export.graph_kinds import BIAS, QUANTIZE, WEIGHT
 from subbyte.export.layout import PLAIN, Layout
-from subbyte.export.means import large_means, sum_codes_
+from subbyte.export.means import means_of_codes, rewrite_means_
 from subbyte.export.onnx_builder import Builder
 from subbyte.export.trace import Example, exported_program, quiet
 from subbyte.export.widening import INT4_BITS, INT8_BITS, Stored, widen_, widen_numbers_
@@ -112,10 +112,10 @@ def with_constants(model: ir.Model, constants: Mapping[str, LayerConstants], lay
     builder = Builder(model.graph)
     if layout.unsigned_weights:
         constants = {key: unsigned(item) for key, item in constants.items()}
-    means = large_means(model.graph, DOMAIN) if layout.channels_last else []
+    means = means_of_codes(model.graph, DOMAIN)
     blocks = ChannelBlocks.of_(model.graph, constants) if layout.channel_blocks else ChannelBlocks.none(constants)
     weights = _replace_markers_(builder, blocks, signed_codes=layout.signed_codes)
-    sum_codes_(builder, means)
+    rewrite_means_(builder, means, channels_last=layout.channels_last)
     model.opset_imports.pop(DOMAIN, None)
     return OnnxGraph(model, weights)
 
