@@ -139,12 +139,12 @@ def samples_for(net: RandomNet, count: int) -> Tensor:
     return torch.randn(count, net.inputs, net.size, net.size)
 
 
-def quantized_nets(seed: int, count: int, *, symmetric: bool = True, activation_bits: int = 8) -> tuple[subbyte.Result, tuple[Tensor, ...]]:
+def quantized_nets(seed: int, count: int, *, symmetric: bool = False, activation_bits: int = 8) -> tuple[subbyte.Result, tuple[Tensor, ...]]:
     """Random networks at random widths, and samples that they were not calibrated on."""
     model = Several(random_nets(seed, count))
     draw = random.Random(seed + 1)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    bits = {name: (draw.randint(2, 8 if symmetric else 7), activation_bits) for name in names}
+    bits = {name: (draw.randint(2, 8), activation_bits) for name in names}
     recipe = replace(subbyte.rounding(), symmetric_weights=symmetric)
     batch = tuple(samples_for(net, 24) for net in model.nets)
     result = subbyte.quantize(model, [batch], widths=subbyte.Widths(8, 8, pinned=bits), recipe=recipe, seed=seed)
