@@ -139,7 +139,9 @@ def samples_for(net: RandomNet, count: int) -> Tensor:
     return torch.randn(count, net.inputs, net.size, net.size)
 
 
-def quantized_nets(seed: int, count: int, *, symmetric: bool = False, activation_bits: int = 8) -> tuple[subbyte.Result, tuple[Tensor, ...]]:
+def quantized_nets(
+    seed: int, count: int, *, symmetric: bool = False, activation_bits: int = 8
+) -> tuple[subbyte.Result, tuple[Tensor, ...]]:
     """Random networks at random widths, and samples that they were not calibrated on."""
     model = Several(random_nets(seed, count))
     draw = random.Random(seed + 1)

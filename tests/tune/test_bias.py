@@ -376,3 +376,11 @@ def test_the_observer_is_told(setting: tuple[Models, CalibrationSet]) -> None:
 def test_impossible_settings_are_refused(make: Callable[[], object]) -> None:
     with pytest.raises(OptionError):
         make()
+
+
+@pytest.mark.parametrize(("stop_by", "known"), [(RelativeSquaredError(), True), (KLDivergence(), False)])
+def test_a_loss_that_is_known_is_not_measured_again(setting: tuple[Models, CalibrationSet], stop_by: OutputLoss, *, known: bool) -> None:
+    models, data = setting
+    judge = replace(judge_of(models, data), start_loss=1e-12)  # nothing is better than that
+    (note, *_) = replace(QUICK, epochs=1, stop_by=stop_by).refine_(models, data, judge, ignore)
+    assert ("1e-12" in note) is known and ("nothing better" in note) >= known

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ def refine_guarded_(
     for refinement in refinements:
         started = time.perf_counter()
         before = _Snapshot(models)
-        notes = refinement.refine_(models, data, judge, observer)
+        notes = refinement.refine_(models, data, replace(judge, start_loss=loss), observer)
         reached = loss if before.still_there() else judge.loss_of(models.quantized)
         report = RefinementReport(refinement.name, loss, reached, time.perf_counter() - started, notes)
         if report.kept:

@@ -59,6 +59,7 @@ class Judge:
         samples: calibration samples in all.
         held_out_samples: how many of them are held out.
         mixtures: of them, how many judge beside them.
+        start_loss: of the quantized model, as a refinement is given it; None where that was not measured.
     """
 
     batches: tuple[Batch, ...]
@@ -67,6 +68,7 @@ class Judge:
     samples: int
     held_out_samples: int
     mixtures: int = 0
+    start_loss: float | None = None
 
     @classmethod
     def of(cls, original: nn.Module, data: CalibrationSet, loss: OutputLoss) -> Judge:

@@ -106,7 +106,7 @@ class BiasTuning(Refinement):
         parts = fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
-        tuning = _Tuning(models, parts, self, replace(judge, loss=self.stop_by))
+        tuning = _Tuning(models, parts, self, judge if self.stop_by == judge.loss else replace(judge, loss=self.stop_by, start_loss=None))
         if obstacle := tuning.obstacle():
             return (f"nothing done: the model cannot be differentiated: {obstacle}",)
         started = time.perf_counter()
@@ -174,7 +174,8 @@ class _Tuning:
     def run_(self, seed: int) -> str:
         """Train, and leave the best state in the quantized model; what became of it in words."""
         settings, generator = self._settings, generator_for(seed, "bias tuning")
-        first = least = self._judge.loss_of(self._models.quantized)
+        known = self._judge.start_loss
+        first = least = self._judge.loss_of(self._models.quantized) if known is None else known
         best, best_epoch, epoch = self._values(), 0, 0
         with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
             each = sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
