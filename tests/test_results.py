@@ -49,7 +49,7 @@ def test_the_table_of_column_groups_is_that_of_its_rows(monkeypatch: pytest.Monk
 def test_the_table_of_onnx_files_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    for measured in ("onnx", "onnx_zero_points", "onnx_amx", "onnx_without_amx", "onnx_avx2"):
+    for measured in ("onnx", "onnx_amx", "onnx_without_amx", "onnx_avx2"):
         assert benchmark("onnx_files", monkeypatch).table(rows(measured)) in RESULTS
 
 
