@@ -141,4 +141,4 @@ def _float_model(
     folds = fold_batch_norms_(original, found.multiplying if recipe.fold_batch_norms else (), batches)
     if recipe.equalization is None or not quantizes_inputs(options):
         return original, folds, ()
-    return original, folds, equalize_(original, found.multiplying, batches, options, recipe.equalization, recipe.weight_group)
+    return original, folds, equalize_(original, found.multiplying, batches, options, recipe.equalization, recipe.weights)

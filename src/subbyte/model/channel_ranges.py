@@ -15,6 +15,7 @@ from subbyte.model.operator import beside_channels
 from subbyte.model.operators import Linear
 from subbyte.model.padding import real_positions, without_padding
 from subbyte.quantizers.granularity import column_groups
+from subbyte.quantizers.grid import Grid
 from subbyte.quantizers.pieces import pieces
 
 POWER = 8  # of the mean that stands for a channel's range: near the largest value, and no single one decides
@@ -99,13 +100,13 @@ class ChannelRanges:
         """
         return (self.sums[name] / self.counts[name]).pow(1 / POWER)
 
-    def noises(self, name: str, factors: Tensor, group: int | None) -> tuple[float, float]:
+    def noises(self, name: str, factors: Tensor, grid: Grid) -> tuple[float, float]:
         """Squares that rounding a reader's weights and its inputs with a single step over the range adds to its outputs.
 
         Args:
             name: of the reader.
             factors: of its inputs, undone by its weights, float64 (C_in,).
-            group: consecutive weights of an output channel that share a step, where the reader is linear; None: all.
+            grid: of its weights; with column groups, where it is linear.
         """
         module, operator = self.model.get_submodule(name), self.layers[name].operator
         assert isinstance(module.weight, Tensor)
@@ -113,10 +114,8 @@ class ChannelRanges:
         scaled = operator.to_matrix(weight / operator.per_input(factors, weight))  # (G, O, n)
         energy = factors.square() * self.squares[name] / self.counts[name]
         energies = operator.to_matrix(operator.per_input(energy, weight).expand_as(weight))
-        groups = column_groups(scaled.shape[2], group if isinstance(operator, Linear) else None)
-        weights = sum(
-            float(((2 * scaled[..., columns].abs().amax(2)).square() * energies[..., columns].sum(2)).sum()) for columns in groups
-        )
+        groups = column_groups(scaled.shape[2], grid.group if isinstance(operator, Linear) else None)
+        weights = sum(float((_spans(scaled[..., columns], grid).square() * energies[..., columns].sum(2)).sum()) for columns in groups)
         return weights, float((self.power(name) * factors).amax().square() * scaled.square().sum())
 
     def reading_the_same(self, names: Sequence[str]) -> list[list[str]]:
@@ -149,6 +148,13 @@ class ChannelRanges:
             power.scatter_reduce_(0, channel[read], self.power(name)[read], "amax")
             largest.scatter_reduce_(0, channel[read], self.largest[name][read], "amax")
         return power, largest
+
+
+def _spans(weight: Tensor, grid: Grid) -> Tensor:
+    """What the codes of each output channel have to span: (G, O, n) -> (G, O)."""
+    if grid.symmetric:
+        return 2 * weight.abs().amax(2)
+    return weight.amax(2).clamp(min=0) - weight.amin(2).clamp(max=0)
 
 
 def _larger(one: Tensor | None, other: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from subbyte.model.fold import NormOutput, outputs_of_those_that_run, same_outpu
 from subbyte.model.input_factors import put_exponents_
 from subbyte.model.layers import Layer
 from subbyte.model.operators import Convolution, Linear
+from subbyte.quantizers.grid import WeightGrids
 from subbyte.widths import Option
 
 LEFT_OF_WEIGHTS = 0.05  # of the noise of rounding weights: what counts where a layer scales its own input
@@ -100,7 +101,7 @@ def equalize_(
     batches: Sequence[Batch],
     options: Mapping[str, Sequence[Option]],
     settings: Equalization,
-    group: int | None = None,
+    weights: WeightGrids = WeightGrids(),  # noqa: B008 - a frozen value
 ) -> tuple[Equalized, ...]:
     """Equalize channels wherever that changes nothing the model computes.
 
@@ -110,7 +111,7 @@ def equalize_(
         batches: calibration set, see `batches.as_batches`; ranges are taken from all of it.
         options: widths that each layer may have, by name.
         settings: how.
-        group: consecutive weights of an output channel that share a step, of linear layers; None: all.
+        weights: what the grids of weights have in common; column groups are those of linear layers.
 
     Returns:
         What was scaled.
@@ -133,9 +134,9 @@ def equalize_(
     seen = _ranges(model, flows, alone, usable, batches)
     if seen is None:
         return ()
-    kept = _scale_sources_(model, seen, flows, _factors(seen, flows, options, settings, group), before)
+    kept = _scale_sources_(model, seen, flows, _factors(seen, flows, options, settings, weights), before)
     for names in seen.reading_the_same(alone):
-        factors = _own_factors(seen, names, options, settings, group)
+        factors = _own_factors(seen, names, options, settings, weights)
         if factors is None:
             continue
         for name in names:
@@ -201,7 +202,7 @@ def _restore_(undo: _Undo) -> None:
 
 
 def _factors(
-    seen: ChannelRanges, flows: Sequence[Flow], options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
+    seen: ChannelRanges, flows: Sequence[Flow], options: Mapping[str, Sequence[Option]], settings: Equalization, weights: WeightGrids
 ) -> list[Equalized]:
     """Factors of every source, from ranges over all batches."""
     found = []
@@ -212,7 +213,7 @@ def _factors(
         alone = all(_has_own_steps(seen.layers[name], len(channel)) for name, channel in flow.readers.items())
         top = seen.outputs.get(flow.source)
         tried = [_below_bound(ratio.pow(strength), top, largest) for strength in ((1.0,) if alone else settings.strengths)]
-        best = min(range(len(tried)), key=[_noise(seen, flow, options, factors, group) for factors in tried].__getitem__)
+        best = min(range(len(tried)), key=[_noise(seen, flow, options, factors, weights) for factors in tried].__getitem__)
         found.append(Equalized(flow.source, tuple(flow.readers), tried[best].float()))
     return found
 
@@ -237,7 +238,7 @@ def _below_bound(factors: Tensor, top: Tensor | None, largest: Tensor) -> Tensor
 
 
 def _noise(
-    seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Option]], factors: Tensor, group: int | None, share: float = 1.0
+    seen: ChannelRanges, flow: Flow, options: Mapping[str, Sequence[Option]], factors: Tensor, weights: WeightGrids, share: float = 1.0
 ) -> float:
     """Predicted noise of rounding the readers' inputs and weights, over what it is without factors; mean of readers and options.
 
@@ -248,16 +249,19 @@ def _noise(
         flow: source and readers.
         options: of the readers.
         factors: float64 (C,).
-        group: see `equalize_`.
+        weights: see `equalize_`.
         share: of the noise of weights that counts.
     """
     shares = []
     for name, channel in flow.readers.items():
         mine = torch.where(channel >= 0, factors[channel.clamp(min=0)], 1.0)
-        plain, scaled = seen.noises(name, torch.ones_like(mine), group), seen.noises(name, mine, group)
+        both: dict[bool, list[tuple[float, float]]] = {}  # without and with factors, by whether weights have zero-points
         for weight_bits, activation_bits in options[name]:
+            grid = weights.at(weight_bits)
+            if grid.symmetric not in both:
+                both[grid.symmetric] = [seen.noises(name, some, grid) for some in (torch.ones_like(mine), mine)]
             weight_levels, levels = 2**weight_bits - 1, math.inf if activation_bits is None else 2**activation_bits - 1
-            before, after = (share * noises[0] / weight_levels**2 + noises[1] / levels**2 for noises in (plain, scaled))
+            before, after = (share * noises[0] / weight_levels**2 + noises[1] / levels**2 for noises in both[grid.symmetric])
             shares.append(after / max(before, 1e-300))
     return math.fsum(shares) / len(shares)
 
@@ -272,7 +276,7 @@ def _may_scale_itself(layer: Layer, options: Sequence[Option], settings: Equaliz
 
 
 def _own_factors(
-    seen: ChannelRanges, names: Sequence[str], options: Mapping[str, Sequence[Option]], settings: Equalization, group: int | None
+    seen: ChannelRanges, names: Sequence[str], options: Mapping[str, Sequence[Option]], settings: Equalization, weights: WeightGrids
 ) -> Tensor | None:
     """Powers of two by which layers that read the same best multiply it, float32 (C_in,); None where that does not bring enough."""
     squares = seen.squares[names[0]]
@@ -280,7 +284,7 @@ def _own_factors(
     power, _ = seen.inputs(flow)
     ratio = _ratios(power, float(power.amax()), settings)
     tried = [ratio.pow(strength).log2().round().exp2() for strength in settings.strengths]
-    noises = [_noise(seen, flow, options, factors, group, LEFT_OF_WEIGHTS) for factors in tried]
+    noises = [_noise(seen, flow, options, factors, weights, LEFT_OF_WEIGHTS) for factors in tried]
     best = min(range(len(tried)), key=noises.__getitem__)
     return tried[best].float() if noises[best] < settings.own_below else None
 
