@@ -496,6 +496,11 @@ def test_ctrl_c_while_the_library_is_imported_prints_no_traceback() -> None:
         assert process.wait(timeout=20) == -signal.SIGINT
 
 
+def test_the_package_itself_is_the_program_too() -> None:
+    done = subprocess.run([sys.executable, "-m", "subbyte", "quantize", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--model" in done.stdout
+
+
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
 def test_ctrl_c_ends_at_once_and_leaves_nothing(folder: Path) -> None:
     (folder / "slow.py").write_text(

@@ -98,3 +98,9 @@ def test_a_budgets_own_choices_win_over_the_recipes(network: nn.Module, data: Te
     assert set(result.allocation.values()) <= {(5, 5), (6, 6)}
     assert result.plan is not None
     assert set(result.plan.solve(Budget(average_bits=5.0)).options.values()) == {(5, 5)}, "another budget has the plan's choices"
+
+
+@pytest.mark.parametrize("loss", [None, subbyte.KLDivergence()])
+def test_a_receipt_says_what_chooses_better_for_a_classifier(network: nn.Module, data: Tensor, loss: subbyte.OutputLoss | None) -> None:
+    result = subbyte.quantize(network, data, budget=Budget(average_bits=6.0, loss=loss), recipe=subbyte.rounding())
+    assert ("--classifier" in str(result)) is (loss is None)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from subbyte.calibrate.gather import CalibrationSet
+from subbyte.calibrate.loss import RelativeSquaredError
 from subbyte.calibrate.refinement import RefinementReport
 from subbyte.calibrate.whole import Measured
 from subbyte.export.loading import with_program
@@ -305,6 +306,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{table.loss_name} by {table.method} over {len(table.losses)} layers and {options} options: "
         f"predicted {chosen.predicted:.4g}, measured on held-out samples {plan.measured_loss:.4g}",
     ]
+    if plan.budget.loss is None and table.loss_name == RelativeSquaredError.__name__:
+        lines.append("  if the outputs are a classifier's logits, KL divergence chooses better: Budget(loss=KLDivergence()), --classifier")
     if chosen.latency is not None:
         lines.append(f"latency predicted by the sum of the layers: {1000 * chosen.latency:.3f} ms")
     for number, one in enumerate(plan.rounds if plan.budget.degradations else (), 1):
