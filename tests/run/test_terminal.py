@@ -8,7 +8,7 @@ import threading
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from subbyte.run.events import Event, LayerSolved, StageFinished, StageStarted, Warned
+from subbyte.run.events import Event, LayerSolved, StageFinished, StageStarted, StepDone, Warned
 from subbyte.run.terminal import PlainLines, ProgressBars, progress
 
 EVENTS: list[Event] = [
@@ -70,3 +70,18 @@ def test_bars_count_layers_and_name_the_last_one() -> None:
     for event in EVENTS[2:]:
         observer(event)
     assert [(task.description, task.finished) for task in bars.tasks] == [("calibrate", True), ("verify", True)]
+
+
+def test_steps_that_are_no_layers_count_too() -> None:
+    events = [StageStarted("tuning", 40, "steps"), *[StepDone("tuning")] * 40, StageFinished("tuning", 2.0)]
+    stream = io.StringIO()
+    bars = Progress(TextColumn("{task.description}"), console=Console(file=io.StringIO()), auto_refresh=False)
+    lines, shown = PlainLines(stream), ProgressBars(bars)
+    for event in events[:21]:
+        shown(event)
+    assert (bars.tasks[0].completed, bars.tasks[0].total) == (20, 40)
+    for event in events:
+        lines(event)
+    first, *written, last = stream.getvalue().splitlines()
+    assert (first, last) == ("tuning: 40 steps", "tuning: done in 2.0 s")
+    assert [line.split(",")[0] for line in written] == [f"tuning {count}/40" for count in range(4, 41, 4)]

@@ -25,7 +25,7 @@ from subbyte.model.quantized_layer import QuantizedState
 from subbyte.model.replace import copy_of
 from subbyte.quantizers.grid import WeightGrids
 from subbyte.run.bank import Bank
-from subbyte.run.events import Event, StageFinished, StageStarted, ignore
+from subbyte.run.events import Event, StageFinished, StageStarted, StepDone, ignore
 from subbyte.tune.optimizer import SGD, Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
 
@@ -353,7 +353,11 @@ def test_chance_and_mode_of_the_caller_do_not_matter(mode: Callable[[], Any]) ->
 def test_the_observer_is_told(setting: tuple[Models, CalibrationSet]) -> None:
     events: list[Event] = []
     QUICK.refine_(*setting, judge_of(*setting), events.append)
-    assert events[0] == StageStarted("BiasTuning") and isinstance(events[-1], StageFinished)
+    (started, *steps, ended) = events
+    assert (
+        isinstance(started, StageStarted) and (started.stage, started.unit) == ("BiasTuning", "steps") and isinstance(ended, StageFinished)
+    )
+    assert 0 < len(steps) <= started.total and set(steps) == {StepDone("BiasTuning")}
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def sensitivity_of(
     ]
     options = {layer.item.layer.name: tuple(layer.states) for layer in layers}
     parts = method.parts(data.batches)
-    observer(StageStarted(STAGE, len(parts)))
+    observer(StageStarted(STAGE, len(parts), "batches"))
     above = {name: torch.zeros(len(row), dtype=torch.float64) for name, row in options.items()}
     below = 0.0
     for index, batch in enumerate(parts):

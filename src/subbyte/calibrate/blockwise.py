@@ -140,7 +140,7 @@ def refine_blocks_(models: Models, data: CalibrationSet, settings: Blockwise, ob
     solutions = {item.layer.name: solution_of(item) for item in models.free}
     layers, probe = [item.layer for item in models.free], probes(data.batches)[0]
     blocks = {block.entry: block for block in find_blocks(models.original, layers, probe, settings.most_layers, settings.span_layers)}
-    observer(StageStarted(settings.name, len(blocks)))
+    observer(StageStarted(settings.name, len(blocks), "blocks"))
     reports: list[RefinedBlock] = []
     forwards = [
         Forward(model, batch, {name: model.get_submodule(name) for name in blocks})

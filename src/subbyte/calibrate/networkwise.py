@@ -33,7 +33,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.model.padding import read_outputs, real_positions, without_padding
-from subbyte.run.events import Observer, StageFinished, StageStarted
+from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class Networkwise(Refinement):
             models: see there.
             data: see there; samples of different batches are mixed where the batches fit together.
             judge: see there.
-            observer: is told when it starts and ends.
+            observer: is told when it starts and ends, and of every step.
         """
         parts = fit_parts(models.original, data)
         if not parts:
             return ("nothing done: the model does not run on a part of a batch, so that samples cannot be held out",)
         started = time.perf_counter()
-        observer(StageStarted(self.name))
-        note = _Training(models, self).run_(parts, generator_for(data.seed, self.name))
+        observer(StageStarted(self.name, self.iterations, "steps"))
+        note = _Training(models, self).run_(parts, generator_for(data.seed, self.name), observer)
         observer(StageFinished(self.name, time.perf_counter() - started))
         return (note,)
 
@@ -103,7 +103,7 @@ class _Training:
     def __init__(self, models: Models, settings: Networkwise) -> None:
         self.models, self.settings = models, settings
 
-    def run_(self, parts: Sequence[Batch], generator: torch.Generator) -> str:
+    def run_(self, parts: Sequence[Batch], generator: torch.Generator, observer: Observer) -> str:
         """Give the quantized model what is found last; say what became of the error."""
         settings = self.settings
         epochs = (shuffled(parts, settings.batch_samples, generator) for _ in itertools.count())
@@ -124,6 +124,7 @@ class _Training:
                     optimizer.step()
                     schedule.step()
                     errors.append(loss.detach())
+                    observer(StepDone(settings.name))
         assign_(self.models, {layer.item.layer.name: layer.parameters.solution(settings.name) for layer in layers})
         each = -(-len(errors) // 10)
         first, last = (float(torch.stack(some).mean()) for some in (errors[:each], errors[-each:]))

@@ -13,10 +13,12 @@ class StageStarted:
     Args:
         stage: its name.
         total: number of steps it will report, 0 if it reports none.
+        unit: what a step is, in the plural.
     """
 
     stage: str
     total: int = 0
+    unit: str = "layers"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from subbyte.run.events import Event, LayerSolved, Observer, StageFinished, StageStarted, Warned
+from subbyte.run.events import Event, LayerSolved, Observer, StageFinished, StageStarted, StepDone, Warned
 
 __all__ = ["PlainLines", "ProgressBars", "progress"]
+
+STEP_LINES = 10  # of a stage whose steps are no layers, at most
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def progress(stream: TextIO | None = None) -> Iterator[Observer]:
 
 
 class PlainLines:
-    """One line for each event: for logs, and for terminals that are none.
+    """One line for each event, of steps that are no layers for every tenth: for logs, and for terminals that are none.
 
     Args:
         stream: where to write.
@@ -76,18 +78,26 @@ class PlainLines:
             event: what happened.
         """
         match event:
-            case StageStarted(stage, total):
+            case StageStarted(stage, total, unit):
                 self._started, self._total, self._done = time.perf_counter(), total, 0
-                self._write(f"{stage}: {total} layers" if total else f"{stage} ...")
+                self._write(f"{stage}: {total} {unit}" if total else f"{stage} ...")
             case LayerSolved(stage, layer, error, baseline_error, seconds):
-                self._done += 1
-                left = (time.perf_counter() - self._started) / self._done * max(0, self._total - self._done)
+                left = self._seconds_left()
                 numbers = f"error {error:.2g}, rounding {baseline_error:.2g}, {seconds:.1f} s"
                 self._write(f"{stage} {self._done}/{self._total} {layer}: {numbers}, {left:.0f} s left")
+            case StepDone(stage):
+                left = self._seconds_left()
+                if self._done * STEP_LINES // self._total > (self._done - 1) * STEP_LINES // self._total:
+                    self._write(f"{stage} {self._done}/{self._total}, {left:.0f} s left")
             case StageFinished(stage, seconds):
                 self._write(f"{stage}: done in {seconds:.1f} s")
             case Warned(message):
                 self._write(f"warning: {message}")
+
+    def _seconds_left(self) -> float:
+        """Counts a step."""
+        self._done += 1
+        return (time.perf_counter() - self._started) / self._done * max(0, self._total - self._done)
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -122,6 +132,8 @@ class ProgressBars:
                 self._tasks[stage] = self._bars.add_task(stage, total=total or None, layer="")
             case LayerSolved(stage, layer, error, baseline_error):
                 self._bars.update(self._tasks[stage], advance=1, layer=f"{layer}: error {error:.2g}, rounding {baseline_error:.2g}")
+            case StepDone(stage):
+                self._bars.update(self._tasks[stage], advance=1)
             case StageFinished(stage):
                 task = self._tasks[stage]
                 steps = self._bars.tasks[self._bars.task_ids.index(task)].total or 1

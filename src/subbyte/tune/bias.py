@@ -36,7 +36,7 @@ from subbyte.calibrate.whole import Judge
 from subbyte.errors import OptionError
 from subbyte.model.batches import Batch, call, sample_count, select_samples
 from subbyte.model.padding import real_positions, without_padding
-from subbyte.run.events import Observer, StageFinished, StageStarted
+from subbyte.run.events import Observer, StageFinished, StageStarted, StepDone
 from subbyte.tune.optimizer import Adam, Optimizer
 from subbyte.tune.tuned_layer import TunedLayer
 
@@ -110,8 +110,8 @@ class BiasTuning(Refinement):
         if obstacle := tuning.obstacle():
             return (f"nothing done: the model cannot be differentiated: {obstacle}",)
         started = time.perf_counter()
-        observer(StageStarted(self.name))
-        note = tuning.run_(data.seed)
+        observer(StageStarted(self.name, self.epochs * tuning.steps, "steps"))
+        note = tuning.run_(data.seed, observer)
         observer(StageFinished(self.name, time.perf_counter() - started))
         several = not self.mixing or any(mixable(part) for part in parts)
         return (note,) if several else (note, "nothing was mixed: inputs are no floating-point numbers, or padded")
@@ -171,18 +171,23 @@ class _Tuning:
             return str(error)
         return ""
 
-    def run_(self, seed: int) -> str:
+    @property
+    def steps(self) -> int:
+        """In an epoch."""
+        return sum(-(-sample_count(part) // self._settings.batch_samples) for part in self._parts)
+
+    def run_(self, seed: int, observer: Observer) -> str:
         """Train, and leave the best state in the quantized model; what became of it in words."""
         settings, generator = self._settings, generator_for(seed, "bias tuning")
         known = self._judge.start_loss
         first = least = self._judge.loss_of(self._models.quantized) if known is None else known
         best, best_epoch, epoch = self._values(), 0, 0
         with torch.inference_mode(mode=False), torch.enable_grad(), _with_gradients(self._parameters), standing_in(self._layers):
-            each = sum(-(-sample_count(part) // settings.batch_samples) for part in self._parts)
-            descent = _Descent(settings.optimizer, self._groups, settings.epochs * each)
+            descent = _Descent(settings.optimizer, self._groups, settings.epochs * self.steps)
             for epoch in range(1, settings.epochs + 1):
                 for batch in shuffled(self._parts, settings.batch_samples, generator):
                     descent.step(self._loss(varied(batch, settings.augment, settings.mixing, generator)))
+                    observer(StepDone(settings.name))
                 reached = self._judge.loss_of(self._models.quantized)
                 if reached < least:
                     least, best, best_epoch = reached, self._values(), epoch
