@@ -137,7 +137,7 @@ REFINEMENTS: list[subbyte.Refinement] = [
 @pytest.mark.parametrize("refinement", REFINEMENTS, ids=lambda refinement: refinement.name)
 def test_refinements_keep_groups_and_the_file_its_size(refinement: subbyte.Refinement, tmp_path: Path) -> None:
     solver = subbyte.RoundToNearest(subbyte.MinMax())  # so that something is left to refine
-    plain, refined = quantized(solver=solver), quantized(solver=solver, refinements=(refinement,))
+    plain, refined = (quantized(solver=solver, equalization=None, refinements=some) for some in ((), (refinement,)))
     assert refined.refinements[0].kept
     a, b = (result.model.get_submodule("wide") for result in (plain, refined))
     assert b.scale.shape == (21, 7) and not torch.equal(a.weight, b.weight)  # type: ignore[union-attr,arg-type]

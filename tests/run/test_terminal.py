@@ -85,3 +85,11 @@ def test_steps_that_are_no_layers_count_too() -> None:
     first, *written, last = stream.getvalue().splitlines()
     assert (first, last) == ("tuning: 40 steps", "tuning: done in 2.0 s")
     assert [line.split(",")[0] for line in written] == [f"tuning {count}/40" for count in range(4, 41, 4)]
+
+
+def test_steps_of_a_stage_that_did_not_say_how_many_are_no_error() -> None:
+    stream = io.StringIO()
+    lines = PlainLines(stream)
+    for event in (StageStarted("mine"), StepDone("mine"), StageFinished("mine", 0.5)):
+        lines(event)
+    assert stream.getvalue().splitlines() == ["mine ...", "mine: done in 0.5 s"]

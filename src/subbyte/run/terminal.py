@@ -87,7 +87,7 @@ class PlainLines:
                 self._write(f"{stage} {self._done}/{self._total} {layer}: {numbers}, {left:.0f} s left")
             case StepDone(stage):
                 left = self._seconds_left()
-                if self._done * STEP_LINES // self._total > (self._done - 1) * STEP_LINES // self._total:
+                if self._total and self._done * STEP_LINES // self._total > (self._done - 1) * STEP_LINES // self._total:
                     self._write(f"{stage} {self._done}/{self._total}, {left:.0f} s left")
             case StageFinished(stage, seconds):
                 self._write(f"{stage}: done in {seconds:.1f} s")
