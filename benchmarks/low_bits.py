@@ -53,6 +53,7 @@ ROWS: list[tuple[str, int, int, int, int]] = [  # network, weight bits, activati
     ("resnet20", 2, 4, 1024, 1),
     ("resnet20", 2, 2, 1024, 1),
     ("resnet56", 4, 4, 256, 3),
+    ("resnet56", 4, 4, 1024, 1),
     ("mobilenet_v1", 4, 8, 256, 3),
     ("mobilenet_v1", 4, 4, 256, 3),
     ("mobilenet_v1", 4, 8, 512, 1),
