@@ -101,6 +101,6 @@ def test_a_budgets_own_choices_win_over_the_recipes(network: nn.Module, data: Te
 
 
 @pytest.mark.parametrize("loss", [None, subbyte.KLDivergence()])
-def test_a_receipt_says_what_chooses_better_for_a_classifier(network: nn.Module, data: Tensor, loss: subbyte.OutputLoss | None) -> None:
+def test_a_receipt_says_what_may_choose_better_for_a_classifier(network: nn.Module, data: Tensor, loss: subbyte.OutputLoss | None) -> None:
     result = subbyte.quantize(network, data, budget=Budget(average_bits=6.0, loss=loss), recipe=subbyte.rounding())
     assert ("--classifier" in str(result)) is (loss is None)
