@@ -307,7 +307,7 @@ def plan_lines(plan: Plan) -> list[str]:
         f"predicted {chosen.predicted:.4g}, measured on held-out samples {plan.measured_loss:.4g}",
     ]
     if plan.budget.loss is None and table.loss_name == RelativeSquaredError.__name__:
-        lines.append("  if the outputs are a classifier's logits, KL divergence may choose better widths: Budget(loss=KLDivergence()), --classifier")
+        lines.append("  a classifier's logits? KL divergence may choose better widths: Budget(loss=KLDivergence()), --classifier")
     if chosen.latency is not None:
         lines.append(f"latency predicted by the sum of the layers: {1000 * chosen.latency:.3f} ms")
     for number, one in enumerate(plan.rounds if plan.budget.degradations else (), 1):
