@@ -14,7 +14,7 @@ from subbyte.calibrate.gather import CalibrationSet
 from subbyte.calibrate.kept import Kept, run_digest
 from subbyte.calibrate.loss import check_output
 from subbyte.calibrate.whole import Judge
-from subbyte.export.packed import LIBRARY_VERSION, state_bytes, structure_of
+from subbyte.export.packed import LIBRARY_VERSION
 from subbyte.model.arithmetic import exact_float32
 from subbyte.model.attention import add_products_
 from subbyte.model.batches import Batch, as_batches, probes
@@ -23,6 +23,7 @@ from subbyte.model.equalize import Equalized, equalize_, scaled_norms
 from subbyte.model.fold import Fold, fold_batch_norms_, norm_outputs
 from subbyte.model.layers import Survey, check_model, survey
 from subbyte.model.replace import copy_of
+from subbyte.model.state import state_bytes, structure_of
 from subbyte.plan import asked_for, carry_out
 from subbyte.recipes import Recipe
 from subbyte.report.layer import layer_report, still_float, warnings_for

@@ -33,8 +33,8 @@ class Recipe:
         baseline: what the solver has to beat on held-out rows, layer by layer, and on held-out samples as a whole.
         flavour: whether a layer sees the float input or what the quantized layers before it make of it.
         sampling: rows for each layer, and the share of samples that judge.
-        symmetric_weights: True: weight zero-points are 0. False: one for each step, of weights with up to 6 bits; they cost a byte of
-            the file each, and nothing where it runs.
+        symmetric_weights: True: weight zero-points are 0. False: one for each step, of weights with up to 6 bits; each costs as
+            many bits of the file as a weight, and nothing where it runs.
         weight_group: how many consecutive weights of an output channel of a linear layer, or of a row of an embedding, share a step and
             zero-point, for example 64; None: all of them, as in convolutions in any case.
         behind_clips: whether a layer's error counts only as far as what follows reads of its output, behind a ReLU for example. Finding

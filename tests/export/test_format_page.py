@@ -126,8 +126,8 @@ def test_the_reader_notices_damage_and_a_newer_format(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="checksum"):
         reader()["read"](path)
     content[-1] ^= 1
-    path.write_bytes(content.replace(b'\\"format_version\\":3,', b'\\"format_version\\":4,'))
-    with pytest.raises(ValueError, match="format 4"):
+    path.write_bytes(content.replace(b'\\"format_version\\":4,', b'\\"format_version\\":5,'))
+    with pytest.raises(ValueError, match="format 5"):
         reader()["read"](path)
 
 

@@ -24,9 +24,10 @@ import subbyte
 from subbyte import FileError, ModelError, Result, Widths
 from subbyte.export.bits import packed_size
 from subbyte.export.loading import load
-from subbyte.export.packed import FORMAT_VERSION, pack_model, read_packed, structure_of, to_bytes
+from subbyte.export.packed import FORMAT_VERSION, pack_model, read_packed, to_bytes
 from subbyte.model.operators import operator_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
+from subbyte.model.state import structure_of
 from subbyte.quantizers.grid import Grid
 from subbyte.run.files import write_file
 
@@ -122,7 +123,7 @@ def test_groups_take_the_bytes_of_their_steps() -> None:
         quantized(float_model, Widths(4, 8), recipe, x=x).layers[0].size_bytes
         for recipe in (SYMMETRIC, replace(SYMMETRIC, weight_group=32), replace(AFFINE, weight_group=32))
     )
-    assert (plain, grouped - plain, affine - grouped) == (350 + 7 * 8 + 5, 7 * 3 * 4, 7 * 4)
+    assert (plain, grouped - plain, affine - grouped) == (350 + 7 * 8 + 5, 7 * 3 * 4, 7 * 4 // 2)  # zero-points of 4 bits
 
 
 def packed_of(inputs: int, outputs: int, grid: Grid, other_bytes: int) -> bytes:
@@ -141,10 +142,12 @@ def packed_of(inputs: int, outputs: int, grid: Grid, other_bytes: int) -> bytes:
 @example(1000, 1, True, 0)  # 250 to 1000 bytes of codes: the digits must not show in the header's length
 @example(4, 1, False, 3)
 @example(3000, 1, True, 3)
-def test_two_widths_differ_by_their_codes_only(inputs: int, outputs: int, symmetric: bool, other_bytes: int) -> None:
+@example(10, 300, False, 0)  # 75 to 300 bytes of zero-points: nor must theirs
+def test_two_widths_differ_by_their_codes_and_zero_points_only(inputs: int, outputs: int, symmetric: bool, other_bytes: int) -> None:
     sizes = {bits: len(packed_of(inputs, outputs, Grid(bits, symmetric=symmetric), other_bytes)) for bits in range(2, 9)}
-    beside_codes = {bits: size - packed_size(inputs * outputs, bits) for bits, size in sizes.items()}
-    assert len(set(beside_codes.values())) == 1, beside_codes
+    zero_points = {bits: 0 if symmetric else packed_size(outputs, bits) for bits in sizes}
+    beside = {bits: size - packed_size(inputs * outputs, bits) - zero_points[bits] for bits, size in sizes.items()}
+    assert len(set(beside.values())) == 1, beside
 
 
 def test_half_the_bits_are_half_the_codes() -> None:

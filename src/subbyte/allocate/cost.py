@@ -15,9 +15,10 @@ from subbyte.calibrate.models import CalibratedLayer, Models, at_option, state_o
 from subbyte.calibrate.problem import LayerSolution
 from subbyte.errors import OptionError
 from subbyte.export.bits import packed_size
-from subbyte.export.packed import pack_model, state_bytes, to_bytes
+from subbyte.export.packed import pack_model, to_bytes
 from subbyte.model.fold import Fold
 from subbyte.model.layers import Layer
+from subbyte.model.state import state_bytes
 from subbyte.quantizers.granularity import group_count
 from subbyte.quantizers.grid import WeightGrids
 from subbyte.widths import Option
@@ -72,8 +73,9 @@ class LayerSize:
             25
         """
         weight_bits, activation_bits = option
-        each_step = 4 if WeightGrids(self.symmetric).at(weight_bits).symmetric else 5
-        own = 0 if self.shared else packed_size(self.weights, weight_bits) + self.outputs * self.steps * each_step
+        steps = self.outputs * self.steps
+        zero_points = 0 if WeightGrids(self.symmetric).at(weight_bits).symmetric else packed_size(steps, weight_bits)
+        own = 0 if self.shared else packed_size(self.weights, weight_bits) + 4 * steps + zero_points
         return own + (0 if self.table else 4 * self.outputs) + (0 if activation_bits is None or self.table else 5)
 
     @property

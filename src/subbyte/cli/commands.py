@@ -92,12 +92,12 @@ from subbyte.cli.recipe_names import RecipeName, RecipeOption, inputs_of, recipe
 from subbyte.cli.show import allocation_text, as_json, evaluation_text, frontier_text, result_data, survey_data, survey_text
 from subbyte.errors import OptionError
 from subbyte.export.onnx_model import OnnxModel
-from subbyte.export.packed import state_bytes
 from subbyte.export.pretrained import is_causal, open_tokenizer
 from subbyte.model.batches import DEFAULT_BATCH_SIZE
 from subbyte.model.fold import fold_batch_norms_
 from subbyte.model.layers import check_model, survey
 from subbyte.model.replace import copy_of
+from subbyte.model.state import state_bytes
 from subbyte.run.terminal import progress
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

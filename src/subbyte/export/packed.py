@@ -4,7 +4,7 @@ All quantized layers together make a handful of tensors, so that a small network
 
     subbyte.codes                  U8   codes of all layers, each layer packed densely (`bits`) and starting on a byte's border
     subbyte.weight_scale           F32  s_w of all layers' output channels, or of their column groups
-    subbyte.weight_zero_point      U8   z_w, of layers with an affine weight grid
+    subbyte.weight_zero_point      U8   z_w, of layers with an affine weight grid, each layer packed like its codes
     subbyte.bias                   F32  b of the output channels, of layers that have one
     subbyte.activation_scale       F32  s_x, of layers with a quantized input
     subbyte.activation_zero_point  U8   z_x, likewise
@@ -41,10 +41,11 @@ from subbyte.model.input_factors import EXPONENTS, MOST
 from subbyte.model.operators import Convolution, Linear, operator_of, twins_of
 from subbyte.model.quantized_layer import QuantizedLayer, QuantizedState
 from subbyte.model.replace import copy_of, replace_module_
+from subbyte.model.state import state_tensors, structure_of
 from subbyte.quantizers.granularity import group_count
 from subbyte.quantizers.grid import Grid
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 LIBRARY_VERSION = version("subbyte")
 PREFIX = "subbyte."
 SIZE_DIGITS = 12  # that every number in the header is given room for which depends on the widths
@@ -65,39 +66,6 @@ class PackedModel:
     metadata: Mapping[str, Any]
 
 
-def structure_of(model: nn.Module) -> str:
-    """Fingerprint of a model's structure: names, shapes and dtypes of its state and settings of its layers, not its numbers.
-
-    Args:
-        model: a float model as it came, batch norms not folded.
-
-    Returns:
-        32 hexadecimal digits.
-    """
-    state = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in state_tensors(model).items()]
-    operators = [(name, repr(operator)) for name, module in model.named_modules() if (operator := operator_of(module))]
-    return hashlib.blake2b(repr((sorted(state), sorted(operators))).encode(), digest_size=16).hexdigest()
-
-
-def state_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of a model's state by name, any shape; what else a module puts there (`get_extra_state`) is left out.
-
-    Args:
-        model: any module.
-    """
-    return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
-
-
-def state_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers; what stands under several names counts once.
-
-    Args:
-        model: any module.
-    """
-    distinct = {id(tensor): tensor for tensor in state_tensors(model).values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in distinct.values())
-
-
 def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> PackedModel:
     """Gather what the file will hold.
 
@@ -114,13 +82,13 @@ def pack_model(model: nn.Module, structure: str, folds: Sequence[Fold]) -> Packe
     states = {name: layer.state() for name, layer in layers.items()}
     inputs = [state.activation for state in states.values() if state.activation is not None]
     own = [states[name] for name, layer in layers.items() if layer.shares is None]
-    affine = [state.zero_point for state in own if not state.weight_grid.symmetric]
+    zero_points = [_pack(state.zero_point, state.weight_grid) for state in own if not state.weight_grid.symmetric]
     biases = [state.bias for state in states.values() if state.bias is not None]
     exponents = [layer.input_exponents.cpu() for layer in layers.values() if layer.input_exponents is not None]
     tensors = {
-        "codes": torch.from_numpy(np.concatenate([_pack_codes(state) for state in own])),
+        "codes": torch.cat([_pack(state.codes, state.weight_grid) for state in own]),
         "weight_scale": torch.cat([state.scale.flatten().cpu() for state in own]),
-        "weight_zero_point": torch.cat([*(zero.flatten().to("cpu", torch.uint8) for zero in affine), torch.empty(0, dtype=torch.uint8)]),
+        "weight_zero_point": torch.cat([*zero_points, torch.empty(0, dtype=torch.uint8)]),
         "bias": torch.cat([bias.cpu() for bias in biases]) if biases else None,
         "activation_scale": torch.stack([scale.cpu() for scale, _, _ in inputs]) if inputs else None,
         "activation_zero_point": torch.stack([zero.to("cpu", torch.uint8) for _, zero, _ in inputs]) if inputs else None,
@@ -162,9 +130,9 @@ def to_bytes(packed: PackedModel) -> bytes:
     end = 8 + int.from_bytes(content[:8], "little")
     header = content[8:end].rstrip(b" ")
     entries = json.loads(header)
-    codes = entries[PREFIX + "codes"]
+    codes, zero_points = entries[PREFIX + "codes"], entries[PREFIX + "weight_zero_point"]
     offsets = [offset for entry in entries.values() for offset in entry.get("data_offsets", ())]
-    varying = [codes["shape"][0], *(offset for offset in offsets if offset > codes["data_offsets"][0])]
+    varying = [codes["shape"][0], zero_points["shape"][0], *(offset for offset in offsets if offset > codes["data_offsets"][0])]
     length = len(header) + sum(SIZE_DIGITS - len(str(number)) for number in varying)
     length += -length % 8
     return length.to_bytes(8, "little") + header.ljust(length) + content[end:]
@@ -249,7 +217,7 @@ def _check_packed(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) ->
         if owner < 0:
             counts["codes"] += packed_size(int(np.prod(shape, dtype=np.int64)), grid.bits)
             counts["weight_scale"] += steps
-            counts["weight_zero_point"] += 0 if symmetric else steps
+            counts["weight_zero_point"] += 0 if symmetric else packed_size(steps, grid.bits)
         counts["bias"] += outputs if has_bias else 0
         counts["activation_scale"] += bool(activation_bits)
         counts["activation_zero_point"] += bool(activation_bits)
@@ -348,10 +316,10 @@ def _weights(metadata: Mapping[str, Any], index: int, parts: _Parts) -> Quantize
     shape, channels, group = (metadata[key][index] for key in ("shapes", "channels", "group"))
     grid = Grid(metadata["weight_bits"][index], bool(metadata["weight_symmetric"][index]), group or None)
     count, steps = int(np.prod(shape, dtype=np.int64)), _step_count(shape, channels, group)
-    codes = parts.take("codes", packed_size(count, grid.bits)).numpy()
-    levels = torch.from_numpy(unpack(codes, grid.bits, count)).to(torch.int16) + grid.lowest
+    levels = parts.unpacked("codes", count, grid.bits).to(torch.int16) + grid.lowest
     scale = parts.take("weight_scale", steps)
-    zero = torch.zeros(steps, dtype=torch.int32) if grid.symmetric else parts.take("weight_zero_point", steps).to(torch.int32)
+    zero = torch.zeros(steps, dtype=torch.uint8) if grid.symmetric else parts.unpacked("weight_zero_point", steps, grid.bits)
+    zero = zero.to(torch.int32)
     if group:
         scale, zero = scale.view(channels, -1), zero.view(channels, -1)
     return QuantizedState(levels.view(shape), scale, zero, None, grid, None)
@@ -370,10 +338,14 @@ class _Parts:
         self._at[name] += count
         return self._tensors[PREFIX + name][start : start + count].clone()
 
+    def unpacked(self, name: str, count: int, bits: int) -> Tensor:
+        """The next numbers of a tensor that holds them packed, uint8 (count,)."""
+        return torch.from_numpy(unpack(self.take(name, packed_size(count, bits)).numpy(), bits, count))
 
-def _pack_codes(state: QuantizedState) -> Any:
-    offset = state.codes.to(torch.int16) - state.weight_grid.lowest
-    return pack(offset.flatten().to(torch.uint8).cpu().numpy(), state.weight_grid.bits)
+
+def _pack(levels: Tensor, grid: Grid) -> Tensor:
+    """Codes or zero-points of a layer, packed; uint8 (bytes,)."""
+    return torch.from_numpy(pack((levels.to(torch.int16) - grid.lowest).flatten().to(torch.uint8).cpu().numpy(), grid.bits))
 
 
 def _is_transposed(layer: QuantizedLayer) -> bool:

@@ -80,7 +80,7 @@ class WeightGrids:
 
     Weights of 7 and 8 bits have no zero-points in any case. Below, codes less their zero-points lie between -63 and 63: they fit into INT8,
     in which runtimes multiply, and two of their products into the 16 bits in which processors without VNNI add them, so that a zero-point
-    costs a byte of the file and no time. With 7 and 8 bits they would not, and a zero-point is worth least there.
+    costs as many bits of the file as a weight and no time. With 7 and 8 bits they would not, and a zero-point is worth least there.
 
     Args:
         symmetric: True: zero-points are 0. False: one for each step, of weights with up to 6 bits.
