@@ -73,7 +73,8 @@ def test_the_tables_of_text_encoders_are_those_of_their_rows(name: str, monkeypa
 
 def test_the_table_of_causal_models_is_that_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    assert benchmark("causal_lm", monkeypatch).table(rows("causal_lm")) in RESULTS
+    for name in ("causal_lm", "causal_lm_zero_points"):
+        assert benchmark("causal_lm", monkeypatch).table(rows(name)) in RESULTS
 
 
 def test_the_figures_of_the_encoders_file_are_those_of_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
