@@ -95,6 +95,24 @@ def test_numbers_that_are_made_and_checks_of_dtypes(tmp_path: Path) -> None:
     assert torch.equal(subbyte.load(tmp_path / "m")(ids), result.model(ids))
 
 
+def test_a_language_model_that_keeps_keys_and_values_is_saved_without_them(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=40
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": torch.randint(0, 40, (8, 6))}]
+    recipe = subbyte.Recipe(solver=subbyte.RoundToNearest())
+    result = subbyte.quantize(model, batches, widths=subbyte.Widths(4, None), recipe=recipe)
+    result.save(tmp_path / "m", program=True)
+    ids = torch.randint(0, 40, (3, 5))
+    with torch.no_grad():
+        found, expected = subbyte.load(tmp_path / "m")(input_ids=ids), result.model(input_ids=ids)
+    assert torch.equal(found["logits"], expected.logits) and set(found) == {"logits"}
+    assert result.model.config.use_cache and expected.past_key_values is not None
+
+
 def test_a_file_without_a_program_needs_a_model(tmp_path: Path) -> None:
     result = subbyte.quantize(nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(32, 8), widths=subbyte.Widths(4, 8))
     result.save(tmp_path / "m")

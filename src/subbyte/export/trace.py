@@ -127,7 +127,7 @@ def trace(model: nn.Module, example: Example) -> GraphModule:
 
 
 def exported_program(model: nn.Module, example: Example) -> torch.export.ExportedProgram:
-    """The model's program for any number of samples.
+    """The model's program for any number of samples; of a causal language model without the keys and values for tokens to come.
 
     Args:
         model: in evaluation mode, on the CPU.
@@ -144,7 +144,7 @@ def exported_program(model: nn.Module, example: Example) -> torch.export.Exporte
     else:
         args = tuple(batch) if isinstance(batch, list | tuple) else (batch,)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), _without_cache(model):
             shapes = example.shapes().dynamic_shapes(model, args, kwargs)
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes)
     except Exception as error:  # noqa: BLE001 - adds what was being done to the user's model
@@ -153,6 +153,21 @@ def exported_program(model: nn.Module, example: Example) -> torch.export.Exporte
             f"torch.export cannot follow this {type(model).__name__} with any number of samples ({describe(batch)}): {reason}; take "
             "Python that depends on values or on the number of samples out of its forward"
         ) from error
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A model of the transformers library returns no keys and values for tokens to come, which torch.export cannot follow."""
+    config = getattr(model, "config", None)
+    cached = getattr(config, "use_cache", None)
+    if config is None or not cached:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = cached
 
 
 class Simulated(nn.Module):
